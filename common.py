@@ -1,0 +1,1311 @@
+"""What the ten method files share, in sections that can each be read alone:
+
+    errors and flags   one clear line for bad input; the flags that every script has
+    processes          one differentiable sum over processes, and what follows from it
+    data               folders, torchvision sets and a built-in set, as uint8 squares on the device
+    augmentation       torchvision's operations on a whole batch, each image with its own parameters
+    backbones          ResNets with torchvision's key names
+    the run            steps, log lines, checkpoints, signals
+
+Nothing here belongs to one method only: models, losses and training loops are in the method files.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+from torch import cos, nn, sin, tanh
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.utils import make_grid, save_image
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# ------------------------------------------------------------------------------ errors and flags
+
+
+class Failure(Exception):
+    """Something wrong with data, checkpoint, disk, memory or the loss, said in one line."""
+
+
+def main(run, parse_args, argv=None):
+    """`run(parse_args(argv))`, and the exit status: 1 after a `Failure` (one line on stderr), 2 for
+    wrong arguments, 130 and 143 after Ctrl-C and SIGTERM (nothing on stderr)."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        run(parse_args(argv))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Failure as error:
+        if rank() == 0:
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(1)
+    except (MemoryError, torch.OutOfMemoryError):
+        print("error: out of memory; try a smaller --batch-size or --image-size", file=sys.stderr)
+        sys.exit(1)
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a finite `kind` (int or float) from `low` (or above it) to `high`."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value) or (above and value == low):
+            limit = f" and at most {high}" if high < math.inf else ", and finite"
+            raise argparse.ArgumentTypeError(
+                f"{text} is not {'above' if above else 'at least'} {low}{limit}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says it where `kind` itself refuses the text
+    return parse
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if not action.default else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """The flags that all scripts share, with the defaults of the recipe in force.
+
+    recipes: flag -> its values in the columns demo, cifar and imagenet. `--recipe` and `--data`
+    are read first; the recipe's column then becomes the defaults, which any flag overrides.
+    """
+
+    COLUMNS = ("demo", "cifar", "imagenet")
+
+    def __init__(self, description, recipes):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter)
+        self.recipes = recipes
+        add = self.add_argument
+        add("--data", metavar="PATH",
+            help="folder of images, or name of a torchvision set; none: the small built-in set")
+        add("--recipe", choices=self.COLUMNS,
+            help="column of RECIPES; none: demo without --data, cifar where the images' median "
+            "side is at most 64 pixels, else imagenet")
+        add("--out", metavar="FOLDER", help="the run's folder; none: a new one in runs/")
+        add("--resume", action="store_true", help="continue the run in --out, or the latest one")
+        add("--init", metavar="FILE", help="backbone weights to start from")
+        add("-a", "--arch", type=architecture, help="resnet8 (3 blocks, for a CPU), resnet18, 34, "
+            "50, 101 or 152, widened by a factor: resnet18x2")
+        add("--epochs", type=number(int, 0), help="passes over the training images")
+        add("--warmup-epochs", type=number(float, 0), help="epochs of linear warm-up")
+        add("-b", "--batch-size", type=number(int, 2), help="images per step, over all processes")
+        add("--lr", type=number(float, 0), help="peak learning rate per 256 images")
+        add("--weight-decay", "--wd", type=number(float, 0), help="weight decay")
+        add("--image-size", type=number(int, 8), help="side of a view, in pixels")
+        add("--max-images", type=number(int, 2), help="train on only this many images")
+        add("-j", "--workers", type=number(int, 0), default=min(os.cpu_count(), 16),
+            help="processes that decode images")
+        add("--device", type=_device, help="cpu, cuda or cuda:N; none: CUDA where there is one")
+        add("--seed", type=number(int, 0, 2**31), default=0, help="seed of all randomness")
+        add("--deterministic", action="store_true", help="bit-exact on CUDA too, but slower")
+        add("--compile", action="store_true", help="torch.compile the model")
+        add("-p", "--print-freq", type=number(int, 1), default=20, help="steps per log line")
+        add("--eval-every", type=number(int, 0), default=0,
+            help="epochs between kNN evaluations; 0: only at the end")
+
+    def parse_args(self, argv=None):
+        """-> Namespace; `recipe` is the one in force, `given` names the flags given by hand."""
+        flags = [a.partition("=") for a in (sys.argv[1:] if argv is None else argv)]
+        argv = ["".join((a.replace("_", "-") if a.startswith("--") else a, *rest))
+                for a, *rest in flags]  # --batch_size=8 is --batch-size=8
+        unset = argparse.Namespace(**{action.dest: None for action in self._actions})
+        given = super().parse_args([a for a in argv if a not in ("-h", "--help")], unset)
+        recipe = given.recipe or choose_recipe(given.data)
+        column = self.COLUMNS.index(recipe)
+        self.set_defaults(recipe=recipe, **{k: row[column] for k, row in self.recipes.items()})
+        args = super().parse_args(argv)
+        args.given = sorted(k for k, v in vars(given).items() if v is not None)
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if args.batch_size % processes or args.batch_size < 2 * processes:
+            self.error(f"--batch-size {args.batch_size} gives {processes} processes no equal share "
+                       "of at least 2 images")
+        if args.data == "":
+            self.error("--data is empty")
+        return args
+
+    def error(self, message):
+        print(f"error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def choose_recipe(data):
+    """The recipe for --data: by the images' median side, so without decoding them."""
+    if data is None:
+        return "demo"
+    return "cifar" if find_sets(data)[0].median_side() <= 64 else "imagenet"
+
+
+def _device(text):
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text} is not cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text}: this machine has "
+                                         f"{torch.cuda.device_count()} CUDA devices")
+    return text
+
+
+# ------------------------------------------------------------------------------------- processes
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start_processes(name):
+    """Join the processes that torchrun started, if it did -> this process's torch.device."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad
+
+
+def all_sum(x):
+    """Differentiable sum of a tensor over the processes; the identity on one.
+
+    Each process then computes the same loss from it; the backward sum adds these W equal losses'
+    gradients, and DistributedDataParallel's mean divides by W: no factor appears anywhere.
+    """
+    return _AllSum.apply(x) if world_size() > 1 else x
+
+
+def gather(x):
+    """(B/W, ...) on each of W processes -> (B, ...) in their order, with gradient."""
+    if world_size() == 1:
+        return x
+    rows = x.new_zeros(world_size(), *x.shape)
+    rows[rank()] = x
+    return all_sum(rows).flatten(0, 1)
+
+
+def uniform(n, *shape, device, low=0.0, high=1.0):
+    """(n, *shape): this process's rows of a draw for the total batch.
+
+    Every process draws all rows from the same seed, so that the numbers an image gets depend on its
+    position in the total batch and not on the number of processes.
+    """
+    draw = torch.empty(n * world_size(), *shape, device=device).uniform_(low, high)
+    return draw[rank() * n :][:n]
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation over the batches of all processes, for the CPU: torch's needs a GPU."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+        count = x.numel() // x.shape[1] * world_size()
+        mean = all_sum(x.sum(dims)) / count
+        centred = x - mean.view(shape)
+        var = all_sum(centred.square().sum(dims)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        x = centred * (var + self.eps).rsqrt().view(shape)
+        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
+
+
+def sync_batch_norm(model):
+    """Make every BN of the model normalise over all processes."""
+    if world_size() > 1 and next(model.parameters()).is_cuda:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if world_size() > 1 and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = SyncBatchNorm
+    return model
+
+
+# ------------------------------------------------------------------------------------------ data
+
+EXTENSIONS = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .avif .ppm .pgm".split())
+VALIDATION = ("val", "test", "validation")
+
+
+def find_images(root):
+    """Sorted paths of the image files below a folder: hidden names left out, links followed, each
+    real folder once. Pipes and devices are no images."""
+    files, seen = [], set()
+
+    def fail(error):
+        raise Failure(f"cannot read folder {error.filename!r}: {error.strerror}")
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
+        real = os.path.realpath(folder)
+        subfolders[:] = sorted(s for s in subfolders if s[0] != "." and real not in seen)
+        if real not in seen:
+            files += [os.path.join(folder, n) for n in sorted(names)
+                      if n[0] != "." and n.lower().endswith(EXTENSIONS)]
+        seen.add(real)
+    return [f for f in files if os.path.isfile(f) or os.path.islink(f)]
+
+
+def to_square(image, size):
+    """PIL image of any mode -> uint8 (3, size, size), and the aspect (width / height) it had.
+
+    Turned as EXIF says; 16-bit gray is scaled to 8 bits; an alpha channel is dropped.
+    """
+    image.draft(None, (2 * size, 2 * size))  # a JPEG may decode at a fraction of its size
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit pixels have no known range")
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    image = image.convert("RGB")
+    aspect = image.width / image.height
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return pil_to_tensor(image), aspect
+
+
+class ImageSet(Dataset):
+    """Images as squares of one size, the canvas: in memory after `decode` if they fit there, else
+    decoded by worker processes each time.
+
+    source: list of paths, or dataset of (PIL image, label); names: one per image, unique;
+    labels: (N,), -1 = none; classes: their names.
+    """
+
+    def __init__(self, source, names, labels, classes):
+        self.source, self.names, self.classes = source, names, classes
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        self.canvas = self.pixels = self.aspect = None
+
+    def __len__(self):
+        return len(self.names)
+
+    def subset(self, indices):
+        files = isinstance(self.source, list)
+        source = [self.source[i] for i in indices] if files else Subset(self.source, indices)
+        chosen = ImageSet(source, [self.names[i] for i in indices], self.labels[indices],
+                          self.classes)
+        chosen.canvas = self.canvas
+        if self.pixels is not None:
+            chosen.pixels, chosen.aspect = self.pixels[indices], self.aspect[indices]
+        return chosen
+
+    @contextlib.contextmanager
+    def open(self, i):
+        """The PIL image, not decoded yet."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's, on very large or oddly tagged images
+            item = self.source[i]
+            with Image.open(item) if isinstance(item, str) else item[0] as image:
+                yield image
+
+    def __getitem__(self, i):
+        """-> uint8 (3, S, S); width / height, or 0 if unreadable; why it is unreadable."""
+        try:
+            with self.open(i) as image:
+                return *to_square(image, self.canvas), ""
+        except Exception as error:  # PIL raises a dozen kinds
+            empty = torch.zeros(3, self.canvas, self.canvas, dtype=torch.uint8)
+            return empty, 0.0, f"{self.names[i]!r} ({str(error) or type(error).__name__})"
+
+    def median_side(self):
+        """Median of the shorter sides, in pixels, of up to 100 of the images."""
+        sides = []
+        for i in range(0, len(self), -(-len(self) // 100)):
+            with contextlib.suppress(Exception), self.open(i) as image:
+                sides.append(min(image.size))
+        return sorted(sides)[len(sides) // 2] if sides else 1
+
+    def decode(self, canvas, workers, device):
+        """Fix the canvas (pixels), and decode all images onto the device if they take at most half
+        of its free memory; the next start finds them in data/cache.
+
+        -> what could not be read, a string each (for what streams, that shows later).
+        """
+        self.canvas = canvas
+        stored = None
+        if self.pixels is not None:
+            stored = {"pixels": self.pixels, "aspect": self.aspect, "unreadable": []}
+        elif len(self) * 3 * canvas**2 > free_memory(device) / 2:
+            return []
+        digest = hashlib.sha256(str(canvas).encode())
+        for i, name in enumerate(self.names):
+            stamp = os.lstat(self.source[i]) if isinstance(self.source, list) else None
+            digest.update(repr((name, stamp and (stamp.st_size, stamp.st_mtime_ns))).encode())
+        cache = Path("data/cache", digest.hexdigest()[:16] + ".pth")
+        if rank() > 0:
+            dist.barrier()  # the first process decodes for all
+        if stored is None and cache.is_file():
+            with contextlib.suppress(Failure):
+                stored = read_file(cache, mmap=True)
+        if stored is None:
+            stored = self._decode_all(workers)
+            with contextlib.suppress(Failure, OSError):  # a full disk only costs the next start
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                save_file(cache, stored)
+        if rank() == 0 and world_size() > 1:
+            dist.barrier()
+        self.pixels, self.aspect = stored["pixels"].to(device), stored["aspect"].to(device)
+        return stored["unreadable"]
+
+    def _decode_all(self, workers):
+        n, size = len(self), 64
+        pixels = torch.empty(n, 3, self.canvas, self.canvas, dtype=torch.uint8)
+        aspect, unreadable = torch.empty(n), []
+        loader = DataLoader(self, size, num_workers=workers if n > 1000 else 0,
+                            worker_init_fn=_ignore_signals)
+        for i, batch in enumerate(progress(loader, "decoding", len(loader))):
+            rows = slice(i * size, (i + 1) * size)
+            pixels[rows], aspect[rows] = batch[:2]
+            unreadable += filter(None, batch[2])
+        return {"pixels": pixels, "aspect": aspect, "unreadable": unreadable}
+
+    def batches(self, index_lists, device, workers=0, replace=False):
+        """index_lists: iterable of (B,) indices -> uint8 images (B, 3, S, S) and their aspects
+        (B,) on the device; aspect 0 marks an unreadable image, or a readable one replaces it."""
+        if self.pixels is not None:
+            for indices in index_lists:
+                indices = torch.as_tensor(indices, device=self.pixels.device)
+                yield self.pixels[indices], self.aspect[indices]
+            return
+        loader = DataLoader(self, batch_sampler=(torch.as_tensor(i).tolist() for i in index_lists),
+                            num_workers=workers, worker_init_fn=_ignore_signals,
+                            pin_memory=device.type == "cuda")
+        named = set()
+        try:
+            for images, aspect, reasons in loader:
+                bad = set(filter(None, reasons))
+                if bad - named:
+                    warn_unreadable(sorted(bad - named))
+                    named |= bad
+                if bad and replace:
+                    readable = aspect.nonzero().flatten()
+                    if not len(readable):
+                        raise Failure(f"a whole batch is unreadable: {reasons[0]}, ...")
+                    rows = torch.where(aspect > 0, torch.arange(len(aspect)),
+                                       readable[torch.arange(len(aspect)) % len(readable)])
+                    images, aspect = images[rows], aspect[rows]
+                yield (images.to(device, non_blocking=True),
+                       aspect.float().to(device, non_blocking=True))
+        except RuntimeError as error:
+            raise Failure(f"a loader process died ({error}); out of memory? try fewer --workers")
+
+
+def _ignore_signals(_):
+    """A signal to the whole process group must not kill the workers before the run is saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def warn_unreadable(reasons):
+    if rank() == 0:
+        some = ", ".join(reasons[:3]) + (", ..." if len(reasons) > 3 else "")
+        print(f"warning: skipped {len(reasons)} unreadable images: {some}", file=sys.stderr)
+
+
+def free_memory(device):
+    """Free bytes on the device (for the CPU: what Linux calls available)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError):
+        return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def progress(items, what, total):
+    """Yields the items; says every 5 seconds how many are done and the time left."""
+    start = last = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - last > 5 and rank() == 0:
+            last, left = now, (now - start) / done * (total - done)
+            print(f"{what}: {done / total:.0%}, {clock(left)} left", flush=True)
+
+
+def clock(seconds):
+    """125 -> 2:05"""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def find_sets(data):
+    """The value of --data -> (training, test) ImageSets, not decoded; test is None without labels.
+
+    Labels are the names of the folders directly below the root. A set that has no test images of
+    its own gives a tenth of its training images, chosen by a hash of the path.
+    """
+    if data is None:
+        return (builtin_set("train", 5000, seed=0), builtin_set("test", 1000, seed=1))
+    if Path(data).is_dir():
+        train, test = _folder_sets(Path(data))
+    elif Path(data).exists():
+        raise Failure(f"--data {data} is a file; a folder of images is needed")
+    else:
+        train, test = _torchvision_sets(data)
+    if not len(train):
+        raise Failure(f"no images below {data} (looked for {' '.join(EXTENSIONS)})")
+    if train.classes and test is None:
+        held_out = [zlib.crc32(os.fsencode(name)) % 10 == 0 for name in train.names]
+        test = train.subset([i for i, out in enumerate(held_out) if out and train.labels[i] >= 0])
+        train = train.subset([i for i, out in enumerate(held_out) if not out])
+    return train, test if train.classes and len(test) else None
+
+
+def _folder_sets(root):
+    split = root / "train" if (root / "train").is_dir() else root
+    test_root = next((root / v for v in VALIDATION if split != root and (root / v).is_dir()), None)
+    train = _folder_set(split, extra=root / "unlabeled" if split != root else None)
+    if test_root is None or not train.classes:
+        return train, None
+    test = _folder_set(test_root)
+    unknown = sorted(set(test.classes) - set(train.classes))
+    if unknown:
+        raise Failure(f"{test_root} has the class {unknown[0]!r}, which {split} has not")
+    index = torch.tensor([train.classes.index(c) for c in test.classes] + [-1])
+    test.labels, test.classes = index[test.labels], train.classes
+    return train, test.subset([i for i, label in enumerate(test.labels) if label >= 0])
+
+
+def _folder_set(root, extra=None):
+    """Images below the folder; its subfolders are the classes, if there are two or more."""
+    files = find_images(root)
+    names = [os.path.relpath(f, root) for f in files]
+    folders = [n.split(os.sep)[0] if os.sep in n else "unlabeled" for n in names]
+    classes = sorted(set(folders) - {"unlabeled"})
+    classes = classes if len(classes) > 1 else []
+    labels = [classes.index(f) if f in classes else -1 for f in folders]
+    if extra is not None and extra.is_dir():
+        more = find_images(extra)
+        files, labels = files + more, labels + [-1] * len(more)
+        names += [os.path.join("unlabeled", os.path.relpath(f, extra)) for f in more]
+    return ImageSet(files, names, labels, classes)
+
+
+def _torchvision_sets(name):
+    """A set of torchvision.datasets, downloaded by torchvision under ./data."""
+    make = {n.lower(): getattr(torchvision.datasets, n) for n in torchvision.datasets.__all__}
+    make = make.get(name.lower())
+    if make is None:
+        raise Failure(f"--data {name}: no such folder, and no torchvision set of that name")
+    flags = inspect.signature(make).parameters
+    common = {k: v for k, v in {"root": "data", "download": True}.items() if k in flags}
+    key = next((k for k in ("train", "split") if k in flags), None)
+    values = {"train": (True, False), "split": ("train", "test"), None: (None,)}[key]
+    sets = []
+    for value in values:
+        try:
+            dataset = make(**common, **({key: value} if key else {}))
+        except Exception as error:  # no network, a wrong checksum, a set that asks for more
+            raise Failure(f"torchvision cannot load {name}: {error}")
+        labels = next((getattr(dataset, a) for a in ("targets", "labels", "_labels")
+                       if hasattr(dataset, a)), None)
+        labels = [dataset[i][1] for i in range(len(dataset))] if labels is None else labels
+        classes = getattr(dataset, "classes", None) or [str(c) for c in sorted(set(map(int, labels)))]
+        names = [f"{name}/{value}/{i}" for i in range(len(dataset))]
+        sets.append(ImageSet(dataset, names, np.asarray(labels), list(classes)))
+    return sets[0], sets[1] if len(sets) > 1 else None
+
+
+def builtin_set(name, count, seed):
+    pixels, labels = builtin_images(count, seed)
+    images = ImageSet(None, [f"{name}/{i}" for i in range(count)], labels, BUILTIN_CLASSES)
+    images.pixels, images.aspect = pixels, torch.ones(count)
+    return images
+
+
+def load_data(data, image_size, max_images=None, workers=0, device=torch.device("cpu")):
+    """-> (training, test) ImageSets, decoded where they fit; test is None without labels.
+
+    Images keep the detail of a canvas 8/7 of the view (256 pixels for 224), at least 64 pixels, and
+    no larger than the median image.
+    """
+    train, test = find_sets(data)
+    if max_images and max_images < len(train):
+        order = sorted(range(len(train)), key=lambda i: zlib.crc32(os.fsencode(train.names[i])))
+        train = train.subset(sorted(order[:max_images]))
+    canvas = min(max(image_size * 8 // 7, 64), train.median_side())
+    unreadable = train.decode(canvas, workers, device)
+    if unreadable:
+        warn_unreadable(unreadable)
+        train = train.subset(train.aspect.nonzero().flatten().tolist())
+        if not len(train):
+            raise Failure(f"none of the images below {data} can be read")
+    if test is not None:
+        unreadable = test.decode(canvas, workers, device)
+        if unreadable:
+            raise Failure(f"evaluation image {unreadable[0]} is unreadable; repair or remove it")
+    return train, test
+
+
+# ------------------------------------------------------------------------------ built-in images
+# For the demonstration: procedural, offline. The class is the pattern in relief on an object; tint,
+# brightness, contrast, scale, angle and outline say nothing about it, and light falls from above.
+
+
+def _alternate(v, even, odd):
+    """`even` and `odd` on alternate rows of the pattern, whose rows are 2π high in `v`; smooth."""
+    return even + (odd - even) * torch.sigmoid(6 * sin(v / 2))
+
+
+def _saw(t):
+    return (sin(t) - sin(2 * t) / 2 + sin(3 * t) / 3) / 1.5
+
+
+_RELIEFS = {  # height, about -1 to 1, at (u, v) or at polar (r, w), all in radians of the pattern
+    "waves": lambda u, v, r, w: sin(v + 1.6 * sin(u / 2)),
+    "ribs": lambda u, v, r, w: tanh(2 * sin(u)),
+    "zigzag": lambda u, v, r, w: tanh(2 * sin(v + 2.6 * torch.asin(0.98 * sin(u / 2.5)))),
+    "studs": lambda u, v, r, w: 2 * torch.exp(1.2 * (cos(u) + cos(v) - 2)) - 1,
+    "checks": lambda u, v, r, w: tanh(3 * sin(u / 2) * sin(v / 2)),
+    "bricks": lambda u, v, r, w: 1 - 2 * torch.maximum(
+        cos(v / 2) ** 16, _alternate(v, sin(u / 4) ** 16, cos(u / 4) ** 16)),
+    "scales": lambda u, v, r, w: _saw(
+        v + 2.5 * _alternate(v, sin(u / 2).abs(), cos(u / 2).abs())),
+    "rings": lambda u, v, r, w: sin(r),
+    "rays": lambda u, v, r, w: tanh(2 * sin(w)),
+    "net": lambda u, v, r, w: 2 * torch.maximum(
+        cos((u + v) / 3.2) ** 8, cos((u - v) / 3.2) ** 8) - 1,
+}
+BUILTIN_CLASSES = list(_RELIEFS)
+
+
+def builtin_images(count, seed):
+    """Images uint8 (count, 3, 32, 32), labels int64 (count,); the same anywhere to a grey level."""
+    generator = torch.Generator().manual_seed(seed)
+    images, labels = torch.empty(count, 3, 32, 32, dtype=torch.uint8), torch.arange(count) % 10
+    axis = torch.arange(33) / 16 - 1  # -1 to 1, downwards for y; one more than 32 for the slopes
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    for label, relief in enumerate(list(_RELIEFS.values())[:count]):
+        rows = images[label::10]
+
+        def draw(low, high, *channels):
+            shape = len(rows), *channels, 1, 1
+            return low + (high - low) * torch.rand(shape, generator=generator)
+
+        a, b = (x - draw(-0.15, 0.15)) / draw(0.85, 1.1), (y - draw(-0.1, 0.2)) / draw(0.85, 1.1)
+        angle, wave = draw(-0.35, 0.35), 2 * math.pi / draw(0.28, 0.5)
+        bulge = wave * (1 + 0.25 * (a * a + b * b))
+        u = bulge * (x * angle.cos() + y * angle.sin()) + draw(0, 4 * math.pi)
+        v = bulge * (y * angle.cos() - x * angle.sin()) + draw(0, 4 * math.pi)
+        dx, dy = x - draw(-0.3, 0.3), y - draw(-0.3, 0.3)
+        r = wave / 0.75 * (dx * dx + dy * dy + 1e-4).sqrt() + draw(0, 2 * math.pi)
+        spokes = torch.randint(7, 12, (len(rows), 1, 1), generator=generator)
+        height = relief(u, v, r, spokes * torch.atan2(dy, dx) + draw(0, 2 * math.pi))
+        # What faces up is lit; the deviation is one, so that contrast does not give the class away.
+        down, across = height.diff(dim=1)[:, :, :-1], height.diff(dim=2)[:, :-1]
+        light = 0.6 * (down + draw(-0.7, 0.7) * across) + draw(0.1, 0.6) * height[:, :-1, :-1]
+        light = light / light.std((1, 2), keepdim=True)
+        a, b, up = a[:, :-1, :-1], b[:, :-1, :-1], -y[:-1, :-1]
+        front = draw(0.32, 0.66) - draw(0, 0.12) * b + draw(0.06, 0.13) * light
+        sky = torch.sigmoid(8 * (up + draw(-0.2, 0.6))) - 0.5
+        back = draw(0.25, 0.6) + draw(-0.15, 0.25) * sky + 0.1 * up
+        inside = torch.sigmoid(12 * (1 - a.abs() ** 3 - b.abs() ** 3))
+        front, back = (inside * front)[:, None], ((1 - inside) * back)[:, None]
+        pixels = draw(0.96, 1.04, 3) * front + draw(0.96, 1.04, 3) * back
+        rows.copy_((255 * pixels).round().clamp(0, 255))
+    return images, labels
+
+# ---------------------------------------------------------------------------- augmentation
+# Operations on a batch of float images x (B, 3, H, W) in [0, 1], each image with its own parameter
+# (B,), equal to torchvision's functions of the same names. Every parameter has a neutral value, so
+# "with probability p" needs no branch: it chooses parameters. Departures from a torchvision
+# pipeline: crops are resampled from the square canvas, whose size caps their detail; values stay
+# float between operations (torchvision: uint8); colour operations are ordered once per batch.
+
+
+def resize_weights(boxes, canvas, size, interpolation):
+    """Weights of canvas pixels in output pixels: (B, 4) -> rows and columns (B, 2, size, canvas).
+
+    The filter (bicubic: a = -1/2) widens as a crop shrinks: antialiasing. A pixel cut by the edge
+    of the box, as happens where the canvas is a squashed image, counts for its part inside.
+    """
+    pixel = torch.arange(canvas, device=boxes.device)
+    start, length = boxes.view(-1, 2, 2, 1, 1).unbind(1)  # (B, 2, 1, 1), canvas pixels
+    scale = length / size  # canvas pixels per output pixel
+    center = start + (torch.arange(size, device=boxes.device)[:, None] + 0.5) * scale
+    distance = (pixel + 0.5 - center).div_(scale.clamp(min=1)).abs_()
+    if interpolation == "bilinear":
+        weights = (1 - distance).clamp_(min=0)
+    else:  # the cubics for distances below 1 and from 1 to 2, both 0 at 1
+        near, far = distance.clamp(max=1), distance.clamp(1, 2)
+        weights = (1.5 * near - 2.5) * near**2 + 1 - (far - 1) * (far - 2) ** 2 / 2
+    weights *= (torch.minimum(pixel + 1, start + length) - torch.maximum(pixel, start)).clamp(min=0)
+    return weights.div_(weights.sum(-1, keepdim=True))
+
+
+def resized_crop(x, boxes, size, interpolation="bilinear"):
+    """Crop and antialiased resize, two matrix products; boxes (B, 4): top, left, height, width."""
+    rows, columns = resize_weights(boxes, x.shape[3], size, interpolation).unbind(1)
+    x = (x.flatten(1, 2) @ columns.mT).unflatten(1, (3, -1))
+    return (rows[:, None] @ x).clamp_(0, 1)  # bicubic overshoots
+
+
+def horizontal_flip(x, flip):
+    """flip: 1 = mirrored, 0 = neutral (lerp is exact at both, and faster than torch.where)."""
+    return torch.lerp(x, x.flip(3), flip[:, None, None, None])
+
+
+def grayscale(x):
+    r, g, b = x.split(1, 1)
+    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)  # (B, 1, H, W)
+
+
+def adjust_brightness(x, factor):
+    """factor: 0 = black, 1 = neutral."""
+    return (x * factor[:, None, None, None]).clamp_(0, 1)
+
+
+def adjust_contrast(x, factor):
+    """factor: 0 = the mean gray of the image, 1 = neutral."""
+    factor = factor[:, None, None, None]
+    mean = grayscale(x.mean((2, 3), keepdim=True))
+    return (x * factor).add_(mean * (1 - factor)).clamp_(0, 1)
+
+
+def adjust_saturation(x, factor):
+    """factor: 0 = gray, 1 = neutral."""
+    return torch.lerp(grayscale(x), x, factor[:, None, None, None]).clamp_(0, 1)
+
+
+def adjust_hue(x, shift):
+    """shift: turns of the HSV hue, 0 = neutral.
+
+    For a colour (r, g, b) stretched to minimum 0 and maximum 1, the hue in sixths of a turn is
+    ±(1 + g + b - r) with the sign of g - b, and each channel is 2 - |distance of the hue to the
+    channel's own|, cut to [0, 1]: no cases, no HSV.
+    """
+    r, g, b = x.split(1, 1)
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    hue = (g - low).add_(b - r).div_((high - low).clamp_(min=1e-12)).add_(1).copysign_(g - b)
+    red_green_blue = 2 * torch.arange(3, device=x.device)[:, None, None]  # their hues
+    distance = hue.add_(6 * shift[:, None, None, None]) - red_green_blue
+    distance.sub_((distance / 6).round_(), alpha=6)  # the shorter way round the circle
+    return torch.lerp(low, high, (2 - distance.abs_()).clamp_(0, 1))
+
+
+def gaussian_blur(x, sigma, kernel_size=None):
+    """sigma: pixels, 0 = neutral. kernel_size: odd; by default a tenth of the width."""
+    radius = (kernel_size or x.shape[3] // 10 | 1) // 2
+    # On a CPU skip images that stay sharp; on CUDA the host would have to wait for their number.
+    chosen = slice(None) if x.is_cuda else sigma.nonzero().squeeze(1)
+    blurred, sigma = x[chosen], sigma[chosen, None].clamp(min=1e-3)
+    offset = torch.arange(-radius, radius + 1, device=x.device)
+    weights = torch.softmax(-0.5 * (offset / sigma) ** 2, 1)[:, :, None, None, None].unbind(1)
+    for axis, padding in (2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0)):
+        padded, blurred = F.pad(blurred, padding, mode="reflect"), torch.zeros_like(blurred)
+        for i, weight in enumerate(weights):
+            blurred.addcmul_(padded.narrow(axis, i, x.shape[axis]), weight)
+    x = x.clone()
+    x[chosen] = blurred
+    return x
+
+
+def solarize(x, threshold):
+    """Values from threshold on are inverted; above 1 = neutral."""
+    return x.clone().ge_(threshold[:, None, None, None]).sub_(x).abs_()  # |1 - x| or |0 - x|
+
+
+def normalize(x):
+    channels = zip(x.split(1, 1), IMAGENET_MEAN, IMAGENET_STD)
+    return torch.cat([(channel - mean).div_(std) for channel, mean, std in channels], 1)
+
+
+# The classes draw the parameters of a batch: `draw(images, aspect)` returns steps to be taken on x,
+# each a function and its parameters.
+
+
+def chosen(images, p):
+    """(B,) bool, True with probability p."""
+    return uniform(len(images), device=images.device) < p
+
+
+@dataclass
+class RandomResizedCrop:
+    """scale: part of the area; ratio 3/4 to 4/3 in the original geometry; ten tries to fit."""
+    size: int
+    scale: tuple = (0.08, 1)
+    interpolation: str = "bilinear"
+
+    def draw(self, images, aspect):
+        n, canvas, device = len(images), images.shape[3], images.device
+        height, width = torch.full_like(aspect, canvas), (canvas * aspect).round().clamp(min=1)
+        image = torch.stack([height, width], 1)
+        low, high = self.scale
+        area = image.prod(1, keepdim=True) * uniform(n, 10, device=device, low=low, high=high)
+        log_ratio = math.log(4 / 3) * uniform(n, 10, device=device, low=-1)
+        tries = torch.stack([area / log_ratio.exp(), area * log_ratio.exp()], 2).sqrt().round()
+        fallback = torch.minimum(image, (image.flip(1) * 4 / 3).round())  # as much as ratios allow
+        sides = torch.cat([tries, fallback[:, None]], 1)  # (B, 11, 2): height, width
+        fits = ((sides > 0) & (sides <= image[:, None])).all(2)
+        first = fits.int().argmax(1, keepdim=True)
+        sides = sides.take_along_dim(first[:, None], 1).squeeze(1)
+        room = image - sides
+        anywhere = uniform(n, 2, device=device) * (room + 1)
+        corner = torch.where(first < 10, anywhere, room / 2).floor()
+        boxes = torch.cat([corner, sides], 1) * (canvas / image).repeat(1, 2)
+        return [(partial(resized_crop, size=self.size, interpolation=self.interpolation), boxes)]
+
+
+@dataclass
+class CentralCrop:
+    """Central square of the original: 7/8 of the short side (256 -> 224), all of it up to 64."""
+    size: int
+
+    def draw(self, images, aspect):
+        side = images.shape[3] * (7 / 8 if self.size > 64 else 1)
+        sides = side * torch.stack([aspect.clamp(max=1), (1 / aspect).clamp(max=1)], 1)
+        boxes = torch.cat([(images.shape[3] - sides) / 2, sides], 1)
+        return [(partial(resized_crop, size=self.size), boxes)]
+
+
+@dataclass
+class RandomHorizontalFlip:
+    p: float = 0.5
+
+    def draw(self, images, aspect):
+        return [(horizontal_flip, chosen(images, self.p).float())]
+
+
+@dataclass
+class ColorJitter:
+    """Four operations, random order; factor 1 ± strength (at most 1), hue ± strength (1/2)."""
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    p: float = 0.8
+
+    def draw(self, images, aspect):
+        u = uniform(len(images), 4, device=images.device, low=-1) * chosen(images, self.p)[:, None]
+        steps = [(adjust_brightness, 1 + self.brightness * u[:, 0]),
+                 (adjust_contrast, 1 + self.contrast * u[:, 1]),
+                 (adjust_saturation, 1 + self.saturation * u[:, 2]),
+                 (adjust_hue, self.hue * u[:, 3])]
+        return [steps[i] for i in torch.randperm(4).tolist()]
+
+
+@dataclass
+class RandomGrayscale:
+    p: float = 0.2
+
+    def draw(self, images, aspect):
+        return [(adjust_saturation, 1 - chosen(images, self.p).float())]
+
+
+@dataclass
+class GaussianBlur:
+    p: float = 0.5
+    sigma: tuple = (0.1, 2.0)  # pixels
+    kernel_size: int | None = None
+
+    def draw(self, images, aspect):
+        low, high = self.sigma
+        sigma = uniform(len(images), device=images.device, low=low, high=high)
+        blur = partial(gaussian_blur, kernel_size=self.kernel_size)
+        return [(blur, sigma * chosen(images, self.p))]
+
+
+@dataclass
+class RandomSolarize:
+    p: float = 0.2
+    threshold: float = 0.5
+
+    def draw(self, images, aspect):
+        return [(solarize, torch.where(chosen(images, self.p), self.threshold, 2.0))]
+
+
+class Normalize:
+    def draw(self, images, aspect):
+        return [(normalize,)]
+
+
+class Augment:
+    """A view of each image: draws the parameters of the whole batch, then takes the steps.
+
+    images (B, 3, S, S) uint8, aspect (B,): width / height of the originals, by default 1
+    -> (B, 3, size, size) float32, channels_last.
+    """
+
+    chunk_pixels = 2**16  # 64 images of 32 x 32 pixels at a time stay in a CPU's cache
+
+    def __init__(self, operations):
+        self.operations = operations
+
+    def draw(self, images, aspect):
+        return [step for operation in self.operations for step in operation.draw(images, aspect)]
+
+    def __call__(self, images, aspect=None):
+        n, device = len(images), images.device
+        steps = self.draw(images, torch.ones(n, device=device) if aspect is None else aspect)
+        chunk = n if images.is_cuda else -(-self.chunk_pixels // images.shape[2] ** 2)
+        views = []
+        for rows in (slice(first, first + chunk) for first in range(0, n, chunk)):
+            x = images[rows].float() / 255
+            for function, *parameters in steps:
+                x = function(x, *(parameter[rows] for parameter in parameters))
+            views.append(x.contiguous(memory_format=torch.channels_last))
+        return torch.cat(views)
+
+
+def eval_view(images, aspect, size):
+    """The view that evaluation sees: central square, normalised."""
+    return Augment([CentralCrop(size), Normalize()])(images, aspect)
+
+
+# ------------------------------------------------------------------------------------- backbones
+
+DEPTHS = {"resnet8": (BasicBlock, (1, 1, 1)), "resnet18": (BasicBlock, (2, 2, 2, 2)),
+          "resnet34": (BasicBlock, (3, 4, 6, 3)), "resnet50": (Bottleneck, (3, 4, 6, 3)),
+          "resnet101": (Bottleneck, (3, 4, 23, 3)), "resnet152": (Bottleneck, (3, 8, 36, 3))}
+STEMS = {"imagenet": (7, 2), "cifar": (3, 1), "tiny": (3, 2)}  # kernel and stride of conv1
+
+
+class ResNet(nn.Module):
+    """ResNet (He et al., 2016) without `fc`: (B, 3, H, W) -> (B, C). torchvision's at width 1 with
+    the imagenet stem, key for key; the other stems, for small images, have no max-pooling."""
+
+    def __init__(self, block, layers, width=1.0, stem="imagenet"):
+        super().__init__()
+        kernel, stride = STEMS[stem]
+        channels = planes = round(64 * width)
+        self.conv1 = nn.Conv2d(3, channels, kernel, stride, kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
+        self.stages = [f"layer{i + 1}" for i in range(len(layers))]
+        for stage, depth in zip(self.stages, layers):
+            blocks = []
+            for i in range(depth):
+                stride = 2 if i == 0 and stage != "layer1" else 1
+                shortcut = None
+                if stride > 1 or channels != planes * block.expansion:
+                    conv = nn.Conv2d(channels, planes * block.expansion, 1, stride, bias=False)
+                    shortcut = nn.Sequential(conv, nn.BatchNorm2d(planes * block.expansion))
+                blocks.append(block(channels, planes, stride, shortcut))
+                channels = planes * block.expansion
+            self.add_module(stage, nn.Sequential(*blocks))
+            planes *= 2
+        self.feature_dim = channels
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for stage in self.stages:
+            x = getattr(self, stage)(x)
+        return x.mean((2, 3))
+
+
+def architecture(text):
+    """An argparse type: a name of DEPTHS, or such a name times a width ("resnet18x2")."""
+    name, _, width = text.partition("x")
+    if name not in DEPTHS or (width and not re.fullmatch(r"\d+(\.\d+)?", width)):
+        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(DEPTHS)}, nor a wider one")
+    return text
+
+
+def make_backbone(arch, image_size):
+    """"resnet50", 224 -> ResNet; views of at most 64 pixels get a 3x3 stem without max-pooling."""
+    name, _, width = arch.partition("x")
+    stem = "tiny" if name == "resnet8" else "cifar" if image_size <= 64 else "imagenet"
+    return ResNet(*DEPTHS[name], float(width or 1) * (0.5 if name == "resnet8" else 1), stem)
+
+
+# --------------------------------------------------------------------------------------- the run
+
+
+def save_file(path, value):
+    """torch.save, so that at any moment `path` is the old file or the new one, and never a part."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(temporary.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too, survives a power cut
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise Failure(f"cannot write {path}: {cause}")
+
+
+def read_file(path, mmap=False):
+    """torch.load, of plain values only and with the CRCs checked, which torch does not do."""
+    try:
+        if zipfile.is_zipfile(path):  # else an old format, which has none
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise ValueError("its checksum is wrong")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError as error:
+        raise Failure(f"cannot read {path}: {error.strerror or error}")
+    except Exception as error:  # damaged files raise a dozen kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise Failure(f"{path} is damaged, or not a file of weights: {reason}")
+
+
+def denormalize(views):
+    """Undo Normalize: (B, 3, H, W) -> the same in [0, 1]."""
+    mean, std = (views.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (views * std + mean).clamp(0, 1)
+
+
+def picture_rows(*columns):
+    """Pictures (B, 3, ., .) in [0, 1] of any sizes -> one (B * columns, 3, H, W), image by image."""
+    size = max(c.shape[-1] for c in columns)
+    columns = [F.interpolate(c, size, mode="nearest-exact") for c in columns]
+    return torch.stack(columns, 1).flatten(0, 1)
+
+
+class Run:
+    """What surrounds the steps of a training run: data, folder, log, checkpoints and signals.
+
+    Attributes: device; train_set, test_set; steps_per_epoch, total_steps, warmup_steps; step, the
+    optimizer steps done; folder.
+    """
+
+    MAY_CHANGE = {"data", "out", "resume", "workers", "device", "print_freq", "eval_every", "given"}
+
+    def __init__(self, method, args):
+        self.method, self.args, self.step = method, args, 0
+        self.device = start_processes(args.device)
+        torch.backends.cudnn.benchmark = not args.deterministic
+        if args.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        self.folder = self._choose_folder()
+        checkpoint = self.folder / "checkpoint.pth"
+        self.saved = read_file(checkpoint) if args.resume and checkpoint.exists() else None
+        if self.saved:  # what is not given by hand continues as it was
+            for key, value in self.saved["args"].items():
+                if key not in self.MAY_CHANGE.union(args.given):
+                    setattr(args, key, value)
+        self.train_set, self.test_set = load_data(args.data, args.image_size, args.max_images,
+                                                  args.workers, self.device)
+        self._fit_batch()
+        names = "\n".join(self.train_set.names).encode(errors="surrogateescape")
+        self.identity = {"method": method, "images": hashlib.sha256(names).hexdigest()[:16],
+                         "args": {k: v for k, v in vars(args).items() if k != "given"}}
+        if self.saved:
+            self._compare_with_saved()
+        self.steps_per_epoch = len(self.train_set) // args.batch_size
+        self.total_steps = args.epochs * self.steps_per_epoch
+        self.warmup_steps = round(args.warmup_epochs * self.steps_per_epoch)
+        torch.manual_seed(args.seed)
+
+    def _choose_folder(self):
+        """--out; without, the next free one of runs/<method>, -2, -3, ..., or to resume the last."""
+
+        def holds_run(folder):
+            return (folder / "checkpoint.pth").exists() or (folder / "log.jsonl").exists()
+
+        def numbered(n):
+            return Path("runs", self.method + (f"-{n}" if n > 1 else ""))
+
+        if self.args.out:
+            if holds_run(Path(self.args.out)) and not self.args.resume:
+                raise Failure(f"--out {self.args.out} holds a run: add --resume or choose another")
+            return Path(self.args.out)
+        free = next(n for n in itertools.count(1) if not holds_run(numbered(n)))
+        return numbered(max(free - 1, 1) if self.args.resume else free)
+
+    def _fit_batch(self):
+        """A recipe's batch shrinks to the size of the set; one given by hand does not."""
+        images, per_row = len(self.train_set), 2 * world_size()
+        if self.args.batch_size > images:
+            if "batch_size" in self.args.given or images < per_row:
+                raise Failure(f"{images} training images are fewer than --batch-size "
+                              f"{self.args.batch_size}")
+            self.args.batch_size = images // per_row * per_row
+            self.say(f"batch of {self.args.batch_size}, since there are {images} images")
+
+    def _compare_with_saved(self):
+        path, saved, now = self.folder / "checkpoint.pth", self.saved, self.identity
+        if saved["method"] != now["method"]:
+            raise Failure(f"{path} was written by {saved['method']}.py")
+        for key in set(saved["args"]) - self.MAY_CHANGE:
+            if saved["args"][key] != now["args"].get(key):
+                flag = "--" + key.replace("_", "-")
+                raise Failure(f"{path} has {flag} {saved['args'][key]}, this run "
+                              f"{now['args'].get(key)}; use another --out")
+        if saved["images"] != now["images"]:
+            raise Failure(f"{path} was trained on other images than those of --data")
+
+    def say(self, line):
+        if rank() == 0:
+            print(line, flush=True)
+
+    def init(self, backbone):
+        """-> the backbone, with the weights of --init; keeps a copy without, for the report."""
+        self.initial = copy.deepcopy(backbone)
+        if self.args.init:
+            from linear_probe import backbone_weights
+
+            try:
+                backbone.load_state_dict(backbone_weights(self.args.init))
+            except RuntimeError:
+                raise Failure(f"--init {self.args.init} does not fit {self.args.arch}")
+        return backbone
+
+    def start(self, model, optimizer, backbone):
+        """Place, restore and wrap the model -> what the loop calls instead of `model`. `backbone`
+        is the part of it that is evaluated and saved by itself."""
+        self.model, self.optimizer, self.backbone = model, optimizer, backbone
+        self.evaluated, self.report = 0, None
+        sync_batch_norm(model).to(self.device, memory_format=torch.channels_last)
+        if self.saved:
+            try:
+                model.load_state_dict(self.saved["model"])
+                optimizer.load_state_dict(self.saved["optimizer"])
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise Failure(f"{self.folder}/checkpoint.pth does not fit this model: {error}")
+            self.step, self.evaluated = self.saved["step"], self.saved["evaluated"]
+            self.report = self.saved["report"]
+        self._open_log()
+        if self.args.compile:
+            model.compile()
+        if world_size() == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(
+            model, [self.device] if self.device.type == "cuda" else None)
+
+    def _open_log(self):
+        """Create the folder, and continue log.jsonl from the line of the saved step."""
+        if rank() > 0:
+            return
+        path = self.folder / "log.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.log_file = open(path, "a+")
+            with contextlib.suppress(ImportError):
+                import fcntl
+
+                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.log_file.seek(0)
+            lines = self.log_file.read().splitlines()
+            self.log_file.truncate(0)
+            for line in lines:
+                with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
+                    line = json.loads(line)
+                    last = self.evaluated if "knn" in line else self.step
+                    if line["step"] <= last and ("report" not in line or self.report):
+                        self._write(line)
+        except BlockingIOError:
+            raise Failure(f"another process is writing to {self.folder}")
+        except OSError as error:
+            raise Failure(f"cannot write {path}: {error.strerror}")
+
+    def save_views(self, augment, count=8):
+        """views.png: a row per image, as it is and as the network sees it, twice."""
+        if rank() == 0:
+            images, aspect = next(self.train_set.batches([torch.arange(count)], self.device))
+            views = [augment(images, aspect) for _ in range(2)]
+            save_image(picture_rows(images / 255, *map(denormalize, views)),
+                       self.folder / "views.png", nrow=6)
+
+    def autocast(self):
+        """bfloat16 on CUDA (float32's range: no gradient scaling); nothing on the CPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
+
+    def prints(self, step):
+        """Whether this step (counted from 0) ends with a log line."""
+        return (step + 1) % self.args.print_freq == 0 or (step + 1) % self.steps_per_epoch == 0
+
+    def steps(self):
+        """Yields step, images (B/W, 3, S, S) uint8 and aspect (B/W,), until the last step.
+
+        Epochs are permutations by seed and epoch, without an incomplete last batch; before each
+        step the generators are seeded by seed and step: so a resumed run continues bit for bit, with
+        any number of workers. Between steps it saves, evaluates, and obeys signals.
+        """
+        self.stop, self.evaluating = 0, False
+        old = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        batches = self.train_set.batches(self._order(), self.device, self.args.workers, replace=True)
+        self.started = self.printed = self.saved_at = time.monotonic()
+        self.first_step = self.printed_step = self.step
+        try:
+            self._evaluate_if_due()
+            for images, aspect in batches:
+                seed = self.args.seed * 1_000_003 + self.step
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed costs 100 times more
+                if self.device.type == "cuda":
+                    torch.cuda.manual_seed(seed)
+                yield self.step, images, aspect
+                self.step += 1
+                stop = self._agreed_stop()
+                epoch_ends = self.step % self.steps_per_epoch == 0
+                if stop or epoch_ends or time.monotonic() - self.saved_at > 600:
+                    self.save()
+                if stop:
+                    break
+                self._evaluate_if_due()
+        finally:
+            batches.close()
+            for number, handler in old.items():
+                signal.signal(number, handler)
+        if self.stop:
+            self.say(f"saved at step {self.step}")
+            sys.exit(self.stop)
+
+    def _order(self):
+        """This process's share of each batch's indices, from the current step to the last."""
+        share = self.args.batch_size // world_size()
+        for step in range(self.step, self.total_steps):
+            epoch, i = divmod(step, self.steps_per_epoch)
+            if i == 0 or step == self.step:
+                generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
+                order = torch.randperm(len(self.train_set), generator=generator)
+                if self.train_set.pixels is not None:
+                    order = order.to(self.train_set.pixels.device)
+            first = i * self.args.batch_size + rank() * share
+            yield order[first : first + share]
+
+    def _on_signal(self, number, _):
+        self.stop = 128 + number
+        if self.evaluating:  # the run is saved already
+            sys.exit(self.stop)
+
+    def _agreed_stop(self):
+        """The signal's exit status, or 0; with several processes they agree at log lines only."""
+        if world_size() > 1:
+            agreed = torch.tensor(self.stop * self.prints(self.step - 1), device=self.device)
+            if self.prints(self.step - 1):
+                dist.all_reduce(agreed, dist.ReduceOp.MAX)
+                self.stop = int(agreed)
+            return int(agreed)
+        return self.stop
+
+    def log(self, step, loss, lr, chance=None, **health):
+        """One line on the screen and in log.jsonl, at the steps that `prints` says; ends the run if
+        the loss is not finite. loss and health: scalars, averaged over the processes."""
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device)
+                              for v in (loss, *health.values())]).detach()
+        loss, *health_values = (all_sum(values) / world_size()).tolist()
+        if not math.isfinite(loss):
+            raise self._diverged(f"loss is {loss}", step + 1)
+        now, done, first = time.monotonic(), step + 1, step + 1 - self.printed_step
+        speed = (done - self.printed_step) * self.args.batch_size / max(now - self.printed, 1e-9)
+        left = (self.total_steps - done) * (now - self.started) / (done - self.first_step)
+        self.printed, self.printed_step = now, done
+        epoch = -(-done // self.steps_per_epoch)
+        health = {k: round(v, 6) for k, v in zip(health, health_values)}
+        self._write({"step": done, "epoch": epoch, "loss": round(loss, 6), **health, "lr": lr,
+                     "images_per_s": round(speed), "seconds": round(now - self.started, 2)})
+        self.say(f"epoch {epoch}/{self.args.epochs}  step {done}/{self.total_steps}  loss {loss:.4f}"
+                 + (f" (chance {chance:.4f})" if chance is not None else "")
+                 + "".join(f"  {k} {v:.4f}" for k, v in health.items())
+                 + f"  lr {lr:.3g}  {speed:,.0f} images/s  {clock(left)} left")
+        if self.device.type == "cpu" and left > 86400 and done - self.first_step == first:
+            self.say("more than a day on this CPU: --recipe demo has a small network")
+
+    def _write(self, line):
+        if rank() == 0:
+            try:
+                self.log_file.write(json.dumps(line) + "\n")
+                self.log_file.flush()
+            except OSError as error:
+                raise Failure(f"cannot write {self.folder}/log.jsonl: {error.strerror}")
+
+    def _diverged(self, what, step):
+        lr = self.optimizer.param_groups[0]["lr"]
+        kept = (self.folder / "checkpoint.pth").exists()
+        return Failure(f"{what} at step {step} (lr {lr:.3g}); try a lower --lr"
+                       + f"; {self.folder}/checkpoint.pth holds an earlier step" * kept)
+
+    def save(self):
+        """checkpoint.pth, the whole run, and backbone.pth, what users want of it."""
+        state = self.model.state_dict()
+        if not torch.stack([v.isfinite().all() for v in state.values()]).all():
+            raise self._diverged("weights are not finite", self.step)
+        if rank() == 0:
+            save_file(self.folder / "checkpoint.pth", {
+                **self.identity, "step": self.step, "evaluated": self.evaluated,
+                "report": self.report, "model": state, "optimizer": self.optimizer.state_dict()})
+            save_file(self.folder / "backbone.pth", self.backbone.state_dict())
+        self.saved_at = time.monotonic()
+
+    def _evaluate_if_due(self):
+        """kNN at the end of every `eval_every`-th epoch; a run killed meanwhile does it again."""
+        every = self.args.eval_every * self.steps_per_epoch
+        if every and self.test_set and self.step % every == 0 and self.step > self.evaluated:
+            from linear_probe import knn_accuracy
+
+            self.evaluating = True
+            top1 = knn_accuracy(self.backbone, self.train_set, self.test_set, self.args.image_size,
+                                self.device)
+            self.evaluated, self.evaluating = self.step, False
+            self._write({"step": self.step, "knn": round(top1, 2)})
+            self.say(f"kNN {top1:.2f} % after epoch {self.step // self.steps_per_epoch}")
+
+    def finish(self):
+        """The report: what the backbone, its random initialisation and raw pixels are worth."""
+        from linear_probe import evaluate, print_report
+
+        if self.report:
+            self.say(f"already finished: {self.folder}")
+        else:
+            self.save()
+            self.report = evaluate(self.backbone, self.initial, self.train_set, self.test_set,
+                                   self.args.image_size, self.device)
+            self._write({"step": self.step, "report": self.report})
+            self.save()
+        if rank() == 0:
+            print_report(self.report)
+            self.say(f"wrote {self.folder}/: backbone.pth, checkpoint.pth, log.jsonl, pictures")

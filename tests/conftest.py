@@ -1,0 +1,36 @@
+"""What all tests share: one thread, a folder of their own, small image folders, processes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # two threads on two busy cores are slower than one
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """data/cache and runs/ of a test lie in its own temporary folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def write_images(folder, count, size=(32, 32), seed=0, suffix=".png"):
+    """`count` random smooth images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(count):
+        coarse = torch.randint(256, (4, 4, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(coarse.numpy()).resize(size, Image.Resampling.BICUBIC).save(
+            folder / f"{i:03}{suffix}")
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    """train/ and val/ with two classes: 24 and 8 images of 32 x 32."""
+    for seed, (split, name) in enumerate((s, c) for s in ("train", "val") for c in ("cat", "dog")):
+        write_images(tmp_path / "images" / split / name, 12 if split == "train" else 4, seed=seed)
+    return tmp_path / "images"
