@@ -137,8 +137,9 @@ def linear_path(features, labels, classes):
         # at equal probabilities, the cross-entropy's curvature is the covariance / classes
         scale = (eigenvalues.clamp(min=0) / classes + strength).rsqrt()[:, None]
         v = (rotated / scale).requires_grad_()
+        # a step that changes the loss by less than 1e-7 is lost in float32's rounding
         optimizer = torch.optim.LBFGS([v, b], max_iter=1000, tolerance_grad=1e-6,
-                                      line_search_fn="strong_wolfe")
+                                      tolerance_change=1e-7, line_search_fn="strong_wolfe")
 
         def closure():
             optimizer.zero_grad()
@@ -285,7 +286,7 @@ def find_weights(value, name=""):
     return {name[1:]: value} if isinstance(value, torch.Tensor) else {}
 
 
-def backbone_weights(path):
+def read_backbone(path):
     """-> the weights of the backbone in a file, {name without prefix: tensor}; the run's arguments.
 
     Of several networks: DINO evaluates the teacher, BYOL and MoCo not the target or key encoder.
@@ -308,6 +309,11 @@ def backbone_weights(path):
     if isinstance(checkpoint.get("args"), dict):
         return weights, checkpoint["args"]
     return weights, {"num_heads": 12} if "base_encoder" in prefix else {}  # MoCo v3's ViTs
+
+
+def backbone_weights(path):
+    """-> {name without prefix: tensor}, to start a training from."""
+    return read_backbone(path)[0]
 
 
 def build(weights, args):
@@ -341,7 +347,7 @@ def load_backbone(path, image_size=None):
     """
     from common import Failure
 
-    weights, args = backbone_weights(path)
+    weights, args = read_backbone(path)
     try:
         backbone, size = build(weights, args)
         initial = copy.deepcopy(backbone)

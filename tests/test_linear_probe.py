@@ -1,4 +1,4 @@
-"""The evaluation: kNN, probe and diagnostics against independent calculations; every file layout."""
+"""The evaluation: kNN, probe, diagnostics against independent calculations; every file layout."""
 
 import argparse
 import functools
@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import write_images
-from linear_probe import (build, calibrate_batch_norm, diagnostics, digest, evaluate,
-                          extract_features, knn, knn_accuracy, labelled_features, linear_path,
-                          linear_probe, load_backbone, mlp_path, parse_args, print_report, run)
+from linear_probe import (backbone_weights, build, calibrate_batch_norm, diagnostics, digest,
+                          evaluate, extract_features, knn, knn_accuracy, labelled_features,
+                          linear_path, linear_probe, load_backbone, mlp_path, parse_args,
+                          print_report, run)
 from processes import run_processes
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 class Images:
-    """What the evaluation needs of an ImageSet; image i has the brightness i, or that of its class."""
+    """What the evaluation needs of an ImageSet; image i has brightness i, or that of its class."""
 
     def __init__(self, labels, unreadable=(), by_class=False, seed=0):
         self.labels = torch.tensor(labels)
@@ -104,7 +105,7 @@ def test_every_penalty_reaches_its_optimum():
         loss = -probabilities[torch.arange(300), y].log().mean()
         loss = loss + strength / 2 * (weight**2).sum()
         gradients = torch.autograd.grad(loss, [weight, bias])
-        # in scaled coordinates the gradient is below 1e-6 or the loss stands still at 1e-9
+        # in scaled coordinates the gradient is below 1e-6 or the loss moves by less than 1e-7
         assert max(g.abs().max() for g in gradients) < 2e-3 * min(1, strength**0.5 + 0.1), strength
         assert strength > 1e-3 or loss < 0.5
 
@@ -119,8 +120,8 @@ def test_the_optimum_equals_that_of_gradient_descent():
             for p, gradient in zip((weight, bias), torch.autograd.grad(loss, [weight, bias])):
                 p -= 0.3 * gradient
     found = next(fit for strength, fit in linear_path(x, y, 3) if strength == 0.1)
-    torch.testing.assert_close(found.keywords["weight"], weight.detach(), atol=1e-4, rtol=0)
-    torch.testing.assert_close(found.keywords["bias"], bias.detach(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.keywords["weight"], weight.detach(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.keywords["bias"], bias.detach(), atol=1e-3, rtol=0)
 
 
 def test_probe_ignores_the_scale_and_offset_of_features():
@@ -157,25 +158,25 @@ def test_nothing_is_chosen_on_test_images(mlp):
 
 
 def test_the_best_held_out_setting_is_fitted_again_on_all_images():
-    x, y = clusters(30, 3, 20, seed=0, noise=3)
-    test_x, test_y = clusters(400, 3, 20, seed=1, noise=3)
+    x, y = clusters(60, 3, 20, seed=0, noise=6)
+    test_x, test_y = clusters(400, 3, 20, seed=1, noise=6)
     report = linear_probe(x, y, test_x, test_y)
     held_out = list(report["held_out"].values())
     assert report["chosen"] == list(report["held_out"])[held_out.index(max(held_out))]
     mean, std = x.mean(0), (x.var(0, correction=0) + 1e-6).sqrt()
 
     def top1(rows, x_other, y_other):
-        path = linear_path((x[rows] - mean) / std, y[rows], 3)
-        classifier = next(fit for strength, fit in path if strength == report["chosen"])
-        predicted = classifier((x_other - mean) / std).argmax(1)
-        return 100 * (predicted == y_other).double().mean().item()
+        """By strength, of classifiers fitted on these rows only."""
+        return {strength: 100 * (fit((x_other - mean) / std).argmax(1) == y_other).sum().item()
+                / len(y_other) for strength, fit in linear_path((x[rows] - mean) / std, y[rows], 3)
+                if strength in report["held_out"]}
 
-    held, rest = torch.randperm(30, generator=torch.Generator().manual_seed(0)).split([3, 27])
-    everything = torch.arange(30)
-    assert report["probe"] == pytest.approx(top1(everything, test_x, test_y))
-    assert report["probe"] != pytest.approx(top1(rest, test_x, test_y))
-    assert max(held_out) == pytest.approx(top1(rest, x[held], y[held]))
-    assert max(held_out) != pytest.approx(top1(everything, x[held], y[held]))
+    held, rest = torch.randperm(60, generator=torch.Generator().manual_seed(0)).split([6, 54])
+    everything = torch.arange(60)
+    assert report["held_out"] == top1(rest, x[held], y[held])
+    assert report["held_out"] != top1(everything, x[held], y[held])
+    assert report["probe"] == top1(everything, test_x, test_y)[report["chosen"]]
+    assert report["probe"] != top1(rest, test_x, test_y)[report["chosen"]]
 
 
 @pytest.mark.parametrize("path", [linear_path, mlp_path])
@@ -400,14 +401,15 @@ LAYOUTS = {
     "vicreg": lambda w: {"model": {**under("module.backbone.", w),
                                    "module.projector.0.weight": HEAD}},
     "dino": lambda w: {
-        "student": other("module.backbone."), "epoch": 3, "args": argparse.Namespace(arch="resnet50"),
-        "teacher": {**under("backbone.", w), "head.mlp.0.weight": HEAD}, "dino_loss": {"center": HEAD}},
+        "student": other("module.backbone."), "args": argparse.Namespace(arch="resnet50"),
+        "teacher": {**under("backbone.", w), "head.mlp.0.weight": HEAD},
+        "dino_loss": {"center": HEAD}},
     "solo-learn": lambda w: {"epoch": 3, "state_dict": {
         **other("momentum_backbone."), **under("backbone.", w), "classifier.weight": HEAD,
         "projector.0.weight": HEAD}},
     "solo-learn, older": lambda w: {"state_dict": {
         **under("encoder.", w), **other("momentum_encoder."), "classifier.weight": HEAD}},
-    "ours": lambda w: {"method": "simclr", "args": {"image_size": 96, "arch": "resnet18"}, "step": 1,
+    "ours": lambda w: {"method": "simclr", "args": {"image_size": 96},
                        "model": {**under("backbone.", w), "projector.0.weight": HEAD}},
     "ours, byol": lambda w: {"method": "byol", "args": {"image_size": 96}, "model": {
         **other("target.backbone."), **under("online.backbone.", w)}},
@@ -421,6 +423,9 @@ def test_a_resnet_of_every_layout_gives_torchvisions_features(layout, tmp_path):
     network = reference()
     torch.save(LAYOUTS[layout](network.state_dict()), tmp_path / "file.pth")
     backbone, initial, size = load_backbone(tmp_path / "file.pth")
+    initial.load_state_dict(backbone_weights(tmp_path / "file.pth"))  # as --init does
+    assert digest(initial) == digest(backbone)
+    initial = load_backbone(tmp_path / "file.pth")[1]
     assert size == (96 if "ours" in layout else 224)
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
