@@ -13,7 +13,6 @@ Nothing here belongs to one method only: models, losses and training loops are i
 import argparse
 import contextlib
 import copy
-import functools
 import hashlib
 import inspect
 import itertools
@@ -24,12 +23,18 @@ import re
 import signal
 import sys
 import time
-from dataclasses import dataclass
-from functools import partial
 import warnings
 import zipfile
 import zlib
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import numpy as np
 import torch
@@ -41,7 +46,7 @@ from torch import cos, nn, sin, tanh
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms.v2.functional import pil_to_tensor
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -58,17 +63,21 @@ def main(run, parse_args, argv=None):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         run(parse_args(argv))
-        if dist.is_initialized():
-            dist.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit(130)
-    except Failure as error:
-        if rank() == 0:
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
+    except (Failure, MemoryError, RuntimeError) as error:
+        memory = re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error))
+        if memory or isinstance(error, MemoryError):
+            error = "out of memory; try a smaller --batch-size or --image-size"
+        elif not isinstance(error, Failure):
+            raise
+        if rank() > 0:
+            time.sleep(10)  # the first process says the same, and torchrun then stops this one
+        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         sys.exit(1)
-    except (MemoryError, torch.OutOfMemoryError):
-        print("error: out of memory; try a smaller --batch-size or --image-size", file=sys.stderr)
-        sys.exit(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -94,26 +103,24 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
 class ArgumentParser(argparse.ArgumentParser):
     """The flags that all scripts share, with the defaults of the recipe in force.
 
-    recipes: flag -> its values in the columns demo, cifar and imagenet. `--recipe` and `--data`
-    are read first; the recipe's column then becomes the defaults, which any flag overrides.
+    recipes: flag -> its value in each column; the row "recipe" names the columns. `--recipe` and
+    `--data` are read first; the column then becomes the defaults, which any flag overrides.
     """
 
-    COLUMNS = ("demo", "cifar", "imagenet")
-
-    def __init__(self, description, recipes):
+    def __init__(self, description, recipes, arch=None, other_archs=""):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter)
         self.recipes = recipes
         add = self.add_argument
         add("--data", metavar="PATH",
             help="folder of images, or name of a torchvision set; none: the small built-in set")
-        add("--recipe", choices=self.COLUMNS,
+        add("--recipe", choices=recipes["recipe"],
             help="column of RECIPES; none: demo without --data, cifar where the images' median "
             "side is at most 64 pixels, else imagenet")
         add("--out", metavar="FOLDER", help="the run's folder; none: a new one in runs/")
         add("--resume", action="store_true", help="continue the run in --out, or the latest one")
         add("--init", metavar="FILE", help="backbone weights to start from")
-        add("-a", "--arch", type=architecture, help="resnet8 (3 blocks, for a CPU), resnet18, 34, "
-            "50, 101 or 152, widened by a factor: resnet18x2")
+        add("-a", "--arch", type=arch or architecture, help="resnet8 (3 blocks, for a CPU), "
+            "resnet18, 34, 50, 101 or 152, widened by a factor: resnet18x2" + other_archs)
         add("--epochs", type=number(int, 0), help="passes over the training images")
         add("--warmup-epochs", type=number(float, 0), help="epochs of linear warm-up")
         add("-b", "--batch-size", type=number(int, 2), help="images per step, over all processes")
@@ -123,7 +130,7 @@ class ArgumentParser(argparse.ArgumentParser):
         add("--max-images", type=number(int, 2), help="train on only this many images")
         add("-j", "--workers", type=number(int, 0), default=min(os.cpu_count(), 16),
             help="processes that decode images")
-        add("--device", type=_device, help="cpu, cuda or cuda:N; none: CUDA where there is one")
+        add("--device", type=device_name, help="cpu, cuda or cuda:N; none: CUDA where there is one")
         add("--seed", type=number(int, 0, 2**31), default=0, help="seed of all randomness")
         add("--deterministic", action="store_true", help="bit-exact on CUDA too, but slower")
         add("--compile", action="store_true", help="torch.compile the model")
@@ -138,17 +145,17 @@ class ArgumentParser(argparse.ArgumentParser):
                 for a, *rest in flags]  # --batch_size=8 is --batch-size=8
         unset = argparse.Namespace(**{action.dest: None for action in self._actions})
         given = super().parse_args([a for a in argv if a not in ("-h", "--help")], unset)
+        if given.data == "":
+            self.error("--data is empty")
         recipe = given.recipe or choose_recipe(given.data)
-        column = self.COLUMNS.index(recipe)
-        self.set_defaults(recipe=recipe, **{k: row[column] for k, row in self.recipes.items()})
+        column = self.recipes["recipe"].index(recipe)
+        self.set_defaults(**{flag: row[column] for flag, row in self.recipes.items()})
         args = super().parse_args(argv)
         args.given = sorted(k for k, v in vars(given).items() if v is not None)
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if args.batch_size % processes or args.batch_size < 2 * processes:
             self.error(f"--batch-size {args.batch_size} gives {processes} processes no equal share "
                        "of at least 2 images")
-        if args.data == "":
-            self.error("--data is empty")
         return args
 
     def error(self, message):
@@ -157,22 +164,21 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def choose_recipe(data):
-    """The recipe for --data: by the images' median side, so without decoding them."""
+    """The recipe for --data, by the images' median side; that of torchvision's sets is known."""
     if data is None:
         return "demo"
+    if not Path(data).exists():
+        return "cifar" if data.lower() in SMALL_SETS else "imagenet"
     return "cifar" if find_sets(data)[0].median_side() <= 64 else "imagenet"
 
 
-def _device(text):
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+def device_name(text):
+    """An argparse type: cpu, or a CUDA device that is there."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text} is not cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{text}: this machine has "
-                                         f"{torch.cuda.device_count()} CUDA devices")
+    count = torch.cuda.device_count()
+    if text != "cpu" and (torch.device(text).index or 0) >= count:
+        raise argparse.ArgumentTypeError(f"{text}: this machine has {count} CUDA devices")
     return text
 
 
@@ -191,11 +197,24 @@ def start_processes(name):
     """Join the processes that torchrun started, if it did -> this process's torch.device."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
-        device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # both kinds of tensor; a day, since the others wait while the first decodes and evaluates
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(days=1))
     return device
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The first process of each machine runs the block, then the others: they find its files."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    for turn in True, False:
+        if turn == first:
+            yield
+        if turn:
+            all_sum(torch.zeros(1))  # waits for all
 
 
 class _AllSum(torch.autograd.Function):
@@ -207,9 +226,7 @@ class _AllSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad
+        return _AllSum.apply(grad)
 
 
 def all_sum(x):
@@ -243,6 +260,9 @@ def uniform(n, *shape, device, low=0.0, high=1.0):
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation over the batches of all processes, for the CPU: torch's needs a GPU."""
 
+    def _check_input_dim(self, x):
+        pass
+
     def forward(self, x):
         if not self.training:
             return super().forward(x)
@@ -260,7 +280,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def sync_batch_norm(model):
-    """Make every BN of the model normalise over all processes."""
+    """Make every BN of the model, which is on its device already, normalise over all processes."""
     if world_size() > 1 and next(model.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
@@ -272,7 +292,7 @@ def sync_batch_norm(model):
 # ------------------------------------------------------------------------------------------ data
 
 EXTENSIONS = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .avif .ppm .pgm".split())
-VALIDATION = ("val", "test", "validation")
+SMALL_SETS = "cifar10 cifar100 svhn mnist fashionmnist kmnist qmnist emnist usps eurosat".split()
 
 
 def find_images(root):
@@ -290,7 +310,16 @@ def find_images(root):
             files += [os.path.join(folder, n) for n in sorted(names)
                       if n[0] != "." and n.lower().endswith(EXTENSIONS)]
         seen.add(real)
-    return [f for f in files if os.path.isfile(f) or os.path.islink(f)]
+    return [f for f in files if os.path.isfile(f) or not os.path.exists(f)]  # a dead link is said
+
+
+@contextlib.contextmanager
+def open_image(item):
+    """A path, or a (PIL image, label) of a torchvision set -> PIL image, not decoded yet."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's, on very large or oddly tagged images
+        with Image.open(item) if isinstance(item, str) else item[0] as image:
+            yield image
 
 
 def to_square(image, size):
@@ -318,13 +347,14 @@ class ImageSet(Dataset):
     decoded by worker processes each time.
 
     source: list of paths, or dataset of (PIL image, label); names: one per image, unique;
-    labels: (N,), -1 = none; classes: their names.
+    labels: (N,), -1 = none; classes: their names; unreadable: {index: reason}, as it is found out.
     """
 
     def __init__(self, source, names, labels, classes):
         self.source, self.names, self.classes = source, names, classes
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
-        self.canvas = self.pixels = self.aspect = None
+        self.canvas, self.workers, self.pixels, self.aspect = None, 0, None, None
+        self.unreadable, self.warned = {}, 0
 
     def __len__(self):
         return len(self.names)
@@ -334,122 +364,104 @@ class ImageSet(Dataset):
         source = [self.source[i] for i in indices] if files else Subset(self.source, indices)
         chosen = ImageSet(source, [self.names[i] for i in indices], self.labels[indices],
                           self.classes)
-        chosen.canvas = self.canvas
         if self.pixels is not None:
             chosen.pixels, chosen.aspect = self.pixels[indices], self.aspect[indices]
         return chosen
 
-    @contextlib.contextmanager
-    def open(self, i):
-        """The PIL image, not decoded yet."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's, on very large or oddly tagged images
-            item = self.source[i]
-            with Image.open(item) if isinstance(item, str) else item[0] as image:
-                yield image
-
     def __getitem__(self, i):
-        """-> uint8 (3, S, S); width / height, or 0 if unreadable; why it is unreadable."""
-        try:
-            with self.open(i) as image:
-                return *to_square(image, self.canvas), ""
-        except Exception as error:  # PIL raises a dozen kinds
-            empty = torch.zeros(3, self.canvas, self.canvas, dtype=torch.uint8)
-            return empty, 0.0, f"{self.names[i]!r} ({str(error) or type(error).__name__})"
+        """-> uint8 (3, S, S), width / height, i, and why it is the next readable image instead."""
+        reason = ""
+        for j in range(i, i + 20):
+            try:
+                with open_image(self.source[j % len(self)]) as image:
+                    return *to_square(image, self.canvas), i, reason
+            except Exception as error:  # PIL raises a dozen kinds
+                reason = reason or f"{self.names[i]!r} ({str(error) or type(error).__name__})"
+        return torch.zeros(3, self.canvas, self.canvas, dtype=torch.uint8), 1.0, i, reason
 
     def median_side(self):
         """Median of the shorter sides, in pixels, of up to 100 of the images."""
         sides = []
         for i in range(0, len(self), -(-len(self) // 100)):
-            with contextlib.suppress(Exception), self.open(i) as image:
+            with contextlib.suppress(Exception), open_image(self.source[i]) as image:
                 sides.append(min(image.size))
         return sorted(sides)[len(sides) // 2] if sides else 1
 
     def decode(self, canvas, workers, device):
         """Fix the canvas (pixels), and decode all images onto the device if they take at most half
-        of its free memory; the next start finds them in data/cache.
-
-        -> what could not be read, a string each (for what streams, that shows later).
-        """
-        self.canvas = canvas
-        stored = None
+        of the free memory; the next start finds them in data/cache."""
+        self.canvas, self.workers, stored = canvas, workers, None
         if self.pixels is not None:
-            stored = {"pixels": self.pixels, "aspect": self.aspect, "unreadable": []}
-        elif len(self) * 3 * canvas**2 > free_memory(device) / 2:
-            return []
+            self.pixels, self.aspect = self.pixels.to(device), self.aspect.to(device)
+            return
+        size = len(self) * 3 * canvas**2
+        fits = size <= min(free_memory(device), free_memory(torch.device("cpu"))) / 2
+        if all_sum(torch.tensor(float(fits))) < world_size():
+            return
         digest = hashlib.sha256(str(canvas).encode())
         for i, name in enumerate(self.names):
-            stamp = os.lstat(self.source[i]) if isinstance(self.source, list) else None
-            digest.update(repr((name, stamp and (stamp.st_size, stamp.st_mtime_ns))).encode())
-        cache = Path("data/cache", digest.hexdigest()[:16] + ".pth")
-        if rank() > 0:
-            dist.barrier()  # the first process decodes for all
-        if stored is None and cache.is_file():
-            with contextlib.suppress(Failure):
-                stored = read_file(cache, mmap=True)
-        if stored is None:
-            stored = self._decode_all(workers)
-            with contextlib.suppress(Failure, OSError):  # a full disk only costs the next start
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                save_file(cache, stored)
-        if rank() == 0 and world_size() > 1:
-            dist.barrier()
+            with contextlib.suppress(OSError):
+                stamp = os.stat(self.source[i]) if isinstance(self.source, list) else None
+                name = name, stamp and (stamp.st_size, stamp.st_mtime_ns)
+            digest.update(repr(name).encode())
+        file = Path("data/cache", digest.hexdigest()[:16] + ".pth")
+        with first_process_first():
+            if file.is_file():
+                with contextlib.suppress(Failure):
+                    stored = read_file(file, mmap=True)
+            if stored is None:
+                stored = self._decode_all()
+                with contextlib.suppress(Failure, OSError):  # a full disk costs the next start only
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    save_file(file, stored)
         self.pixels, self.aspect = stored["pixels"].to(device), stored["aspect"].to(device)
-        return stored["unreadable"]
+        self.unreadable = stored["unreadable"]
 
-    def _decode_all(self, workers):
-        n, size = len(self), 64
-        pixels = torch.empty(n, 3, self.canvas, self.canvas, dtype=torch.uint8)
-        aspect, unreadable = torch.empty(n), []
-        loader = DataLoader(self, size, num_workers=workers if n > 1000 else 0,
-                            worker_init_fn=_ignore_signals)
-        for i, batch in enumerate(progress(loader, "decoding", len(loader))):
-            rows = slice(i * size, (i + 1) * size)
-            pixels[rows], aspect[rows] = batch[:2]
-            unreadable += filter(None, batch[2])
-        return {"pixels": pixels, "aspect": aspect, "unreadable": unreadable}
+    def _decode_all(self):
+        n, pixels = len(self), torch.empty(len(self), 3, self.canvas, self.canvas, dtype=torch.uint8)
+        aspect, parts = torch.empty(n), torch.arange(n).split(64)
+        batches = self.batches(parts, torch.device("cpu"), self.workers if n > 1000 else 0)
+        for rows, batch in zip(parts, progress(batches, "decoding", len(parts))):
+            pixels[rows], aspect[rows] = batch
+        return {"pixels": pixels, "aspect": aspect, "unreadable": self.unreadable}
 
-    def batches(self, index_lists, device, workers=0, replace=False):
+    def warn_of_unreadable(self):
+        """One line for those found since the last warning."""
+        reasons = list(self.unreadable.values())
+        if len(reasons) > self.warned and rank() == 0:
+            some = ", ".join(reasons[self.warned :][:3]) + ", ..." * (len(reasons) > 3)
+            print(f"warning: skipped {len(reasons)} unreadable images: {some}", file=sys.stderr)
+        self.warned = len(reasons)
+
+    def batches(self, index_lists, device, workers=None):
         """index_lists: iterable of (B,) indices -> uint8 images (B, 3, S, S) and their aspects
-        (B,) on the device; aspect 0 marks an unreadable image, or a readable one replaces it."""
+        (B,), width / height, on the device."""
         if self.pixels is not None:
             for indices in index_lists:
                 indices = torch.as_tensor(indices, device=self.pixels.device)
                 yield self.pixels[indices], self.aspect[indices]
             return
         loader = DataLoader(self, batch_sampler=(torch.as_tensor(i).tolist() for i in index_lists),
-                            num_workers=workers, worker_init_fn=_ignore_signals,
-                            pin_memory=device.type == "cuda")
-        named = set()
-        try:
-            for images, aspect, reasons in loader:
-                bad = set(filter(None, reasons))
-                if bad - named:
-                    warn_unreadable(sorted(bad - named))
-                    named |= bad
-                if bad and replace:
-                    readable = aspect.nonzero().flatten()
-                    if not len(readable):
-                        raise Failure(f"a whole batch is unreadable: {reasons[0]}, ...")
-                    rows = torch.where(aspect > 0, torch.arange(len(aspect)),
-                                       readable[torch.arange(len(aspect)) % len(readable)])
-                    images, aspect = images[rows], aspect[rows]
-                yield (images.to(device, non_blocking=True),
-                       aspect.float().to(device, non_blocking=True))
-        except RuntimeError as error:
-            raise Failure(f"a loader process died ({error}); out of memory? try fewer --workers")
+                            num_workers=self.workers if workers is None else workers,
+                            worker_init_fn=_ignore_signals, pin_memory=device.type == "cuda")
+        loader = iter(loader)
+        while True:
+            try:
+                images, aspect, indices, reasons = next(loader)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                raise Failure(f"a process that decodes images died, out of memory? {error}")
+            self.unreadable |= {i: r for i, r in zip(indices.tolist(), reasons) if r}
+            if all(reasons):
+                raise Failure(f"a whole batch of images is unreadable: {reasons[0]}, ...")
+            yield images.to(device, non_blocking=True), aspect.float().to(device, non_blocking=True)
 
 
 def _ignore_signals(_):
     """A signal to the whole process group must not kill the workers before the run is saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def warn_unreadable(reasons):
-    if rank() == 0:
-        some = ", ".join(reasons[:3]) + (", ..." if len(reasons) > 3 else "")
-        print(f"warning: skipped {len(reasons)} unreadable images: {some}", file=sys.stderr)
 
 
 def free_memory(device):
@@ -483,77 +495,77 @@ def find_sets(data):
     """The value of --data -> (training, test) ImageSets, not decoded; test is None without labels.
 
     Labels are the names of the folders directly below the root. A set that has no test images of
-    its own gives a tenth of its training images, chosen by a hash of the path.
+    its own gives a tenth of its labelled images, chosen by a hash of the path.
     """
     if data is None:
-        return (builtin_set("train", 5000, seed=0), builtin_set("test", 1000, seed=1))
-    if Path(data).is_dir():
-        train, test = _folder_sets(Path(data))
-    elif Path(data).exists():
-        raise Failure(f"--data {data} is a file; a folder of images is needed")
+        return builtin_set("train", 5000, seed=0), builtin_set("test", 1000, seed=1)
+    root = Path(data)
+    if not root.is_dir():
+        if root.exists():
+            raise Failure(f"--data {data} is a file; a folder of images is needed")
+        train, test = torchvision_sets(data)
     else:
-        train, test = _torchvision_sets(data)
+        split = root / "train" if (root / "train").is_dir() else root
+        train, test = folder_set(split), None
+        if split != root:
+            if (root / "unlabeled").is_dir():
+                more = folder_set(root / "unlabeled", "unlabeled" + os.sep)
+                train = ImageSet(train.source + more.source, train.names + more.names,
+                                 torch.cat([train.labels, torch.full_like(more.labels, -1)]),
+                                 train.classes)
+            folders = [root / v for v in ("val", "test", "validation") if (root / v).is_dir()]
+            if folders and train.classes:
+                test = folder_set(folders[0], classes=train.classes)
+                test = test.subset((test.labels >= 0).nonzero().flatten().tolist())
     if not len(train):
         raise Failure(f"no images below {data} (looked for {' '.join(EXTENSIONS)})")
-    if train.classes and test is None:
-        held_out = [zlib.crc32(os.fsencode(name)) % 10 == 0 for name in train.names]
-        test = train.subset([i for i, out in enumerate(held_out) if out and train.labels[i] >= 0])
-        train = train.subset([i for i, out in enumerate(held_out) if not out])
-    return train, test if train.classes and len(test) else None
+    if test is None and train.classes:
+        held_out = torch.tensor([zlib.crc32(os.fsencode(n)) % 10 == 0 for n in train.names])
+        held_out &= train.labels >= 0
+        test = train.subset(held_out.nonzero().flatten().tolist())
+        train = train.subset((~held_out).nonzero().flatten().tolist())
+    return train, test if test and train.classes else None
 
 
-def _folder_sets(root):
-    split = root / "train" if (root / "train").is_dir() else root
-    test_root = next((root / v for v in VALIDATION if split != root and (root / v).is_dir()), None)
-    train = _folder_set(split, extra=root / "unlabeled" if split != root else None)
-    if test_root is None or not train.classes:
-        return train, None
-    test = _folder_set(test_root)
-    unknown = sorted(set(test.classes) - set(train.classes))
-    if unknown:
-        raise Failure(f"{test_root} has the class {unknown[0]!r}, which {split} has not")
-    index = torch.tensor([train.classes.index(c) for c in test.classes] + [-1])
-    test.labels, test.classes = index[test.labels], train.classes
-    return train, test.subset([i for i, label in enumerate(test.labels) if label >= 0])
-
-
-def _folder_set(root, extra=None):
+def folder_set(root, prefix="", classes=None):
     """Images below the folder; its subfolders are the classes, if there are two or more."""
     files = find_images(root)
     names = [os.path.relpath(f, root) for f in files]
-    folders = [n.split(os.sep)[0] if os.sep in n else "unlabeled" for n in names]
-    classes = sorted(set(folders) - {"unlabeled"})
-    classes = classes if len(classes) > 1 else []
-    labels = [classes.index(f) if f in classes else -1 for f in folders]
-    if extra is not None and extra.is_dir():
-        more = find_images(extra)
-        files, labels = files + more, labels + [-1] * len(more)
-        names += [os.path.join("unlabeled", os.path.relpath(f, extra)) for f in more]
-    return ImageSet(files, names, labels, classes)
+    folders = [n.split(os.sep)[0] if os.sep in n else None for n in names]
+    found = sorted(set(folders) - {None, "unlabeled"})
+    unknown = sorted(set(found) - set(classes or found))
+    if unknown:
+        raise Failure(f"{root} has the class {unknown[0]!r}, which the training images have not")
+    classes = classes or (found if len(found) > 1 else [])
+    index = {name: i for i, name in enumerate(classes)}
+    return ImageSet(files, [prefix + n for n in names], [index.get(f, -1) for f in folders],
+                    classes)
 
 
-def _torchvision_sets(name):
-    """A set of torchvision.datasets, downloaded by torchvision under ./data."""
-    make = {n.lower(): getattr(torchvision.datasets, n) for n in torchvision.datasets.__all__}
-    make = make.get(name.lower())
+def torchvision_sets(name):
+    """(training, test) sets of torchvision.datasets, downloaded by torchvision under ./data."""
+    known = {n.lower(): getattr(torchvision.datasets, n) for n in torchvision.datasets.__all__}
+    make = known.get(name.lower())
     if make is None:
         raise Failure(f"--data {name}: no such folder, and no torchvision set of that name")
     flags = inspect.signature(make).parameters
-    common = {k: v for k, v in {"root": "data", "download": True}.items() if k in flags}
-    key = next((k for k in ("train", "split") if k in flags), None)
-    values = {"train": (True, False), "split": ("train", "test"), None: (None,)}[key]
+    fixed = {k: v for k, v in {"root": "data", "download": True}.items() if k in flags}
+    first = "train+unlabeled" if name.lower() == "stl10" else "train"
+    choices = ([{"train": True}, {"train": False}] if "train" in flags else
+               [{"split": first}, {"split": "test"}] if "split" in flags else [{}])
     sets = []
-    for value in values:
+    for choice in choices:
         try:
-            dataset = make(**common, **({key: value} if key else {}))
-        except Exception as error:  # no network, a wrong checksum, a set that asks for more
+            dataset = make(**fixed, **choice)
+        except Exception as error:  # no network, a wrong checksum, a set that wants more flags
             raise Failure(f"torchvision cannot load {name}: {error}")
         labels = next((getattr(dataset, a) for a in ("targets", "labels", "_labels")
                        if hasattr(dataset, a)), None)
-        labels = [dataset[i][1] for i in range(len(dataset))] if labels is None else labels
-        classes = getattr(dataset, "classes", None) or [str(c) for c in sorted(set(map(int, labels)))]
-        names = [f"{name}/{value}/{i}" for i in range(len(dataset))]
-        sets.append(ImageSet(dataset, names, np.asarray(labels), list(classes)))
+        if labels is None:
+            labels = [dataset[i][1] for i in range(len(dataset))]
+        names = [f"{name}/{choice}/{i}" for i in range(len(dataset))]
+        classes = getattr(dataset, "classes", None) or sorted(set(map(int, labels)))
+        sets.append(ImageSet(dataset, names, np.asarray(labels), [str(c) for c in classes]))
     return sets[0], sets[1] if len(sets) > 1 else None
 
 
@@ -565,26 +577,27 @@ def builtin_set(name, count, seed):
 
 
 def load_data(data, image_size, max_images=None, workers=0, device=torch.device("cpu")):
-    """-> (training, test) ImageSets, decoded where they fit; test is None without labels.
+    """-> (training, test) ImageSets, decoded where they fit; test is None without labels. Training
+    images that are unreadable stand for their neighbours, without a label.
 
     Images keep the detail of a canvas 8/7 of the view (256 pixels for 224), at least 64 pixels, and
     no larger than the median image.
     """
-    train, test = find_sets(data)
+    with first_process_first():
+        train, test = find_sets(data)
     if max_images and max_images < len(train):
         order = sorted(range(len(train)), key=lambda i: zlib.crc32(os.fsencode(train.names[i])))
         train = train.subset(sorted(order[:max_images]))
     canvas = min(max(image_size * 8 // 7, 64), train.median_side())
-    unreadable = train.decode(canvas, workers, device)
-    if unreadable:
-        warn_unreadable(unreadable)
-        train = train.subset(train.aspect.nonzero().flatten().tolist())
-        if not len(train):
+    for images in filter(None, (train, test)):
+        images.decode(canvas, workers, device)
+        images.labels[list(images.unreadable)] = -1
+        if images is test and images.unreadable:
+            raise Failure("an evaluation image is unreadable, repair or remove it: "
+                          + next(iter(images.unreadable.values())))
+        if len(images.unreadable) == len(images):
             raise Failure(f"none of the images below {data} can be read")
-    if test is not None:
-        unreadable = test.decode(canvas, workers, device)
-        if unreadable:
-            raise Failure(f"evaluation image {unreadable[0]} is unreadable; repair or remove it")
+        images.warn_of_unreadable()
     return train, test
 
 
@@ -915,7 +928,7 @@ class ResNet(nn.Module):
     """ResNet (He et al., 2016) without `fc`: (B, 3, H, W) -> (B, C). torchvision's at width 1 with
     the imagenet stem, key for key; the other stems, for small images, have no max-pooling."""
 
-    def __init__(self, block, layers, width=1.0, stem="imagenet"):
+    def __init__(self, block, layers, width=1.0, stem="imagenet", zero_init_residual=False):
         super().__init__()
         kernel, stride = STEMS[stem]
         channels = planes = round(64 * width)
@@ -940,6 +953,8 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if zero_init_residual and isinstance(module, block):  # each block starts as identity
+                nn.init.zeros_((module.bn3 if block is Bottleneck else module.bn2).weight)
 
     def forward(self, x):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -956,33 +971,47 @@ def architecture(text):
     return text
 
 
-def make_backbone(arch, image_size):
+def make_backbone(arch, image_size, zero_init_residual=False):
     """"resnet50", 224 -> ResNet; views of at most 64 pixels get a 3x3 stem without max-pooling."""
     name, _, width = arch.partition("x")
     stem = "tiny" if name == "resnet8" else "cifar" if image_size <= 64 else "imagenet"
-    return ResNet(*DEPTHS[name], float(width or 1) * (0.5 if name == "resnet8" else 1), stem)
+    width = float(width or 1) * (0.5 if name == "resnet8" else 1)
+    return ResNet(*DEPTHS[name], width, stem, zero_init_residual)
 
 
 # --------------------------------------------------------------------------------------- the run
 
 
+RUN_FILES = "checkpoint.pth", "backbone.pth", "log.jsonl"
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turns what can go wrong with a disk into a `Failure`."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise Failure(f"cannot write {path}: {cause}")
+
+
 def save_file(path, value):
     """torch.save, so that at any moment `path` is the old file or the new one, and never a part."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(value, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
         folder = os.open(temporary.parent, os.O_RDONLY)
         os.fsync(folder)  # the new name, too, survives a power cut
         os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        cause = error if isinstance(error, OSError) else error.__context__ or error
-        raise Failure(f"cannot write {path}: {cause}")
 
 
 def read_file(path, mmap=False):
@@ -1007,86 +1036,94 @@ def denormalize(views):
     return (views * std + mean).clamp(0, 1)
 
 
-def picture_rows(*columns):
-    """Pictures (B, 3, ., .) in [0, 1] of any sizes -> one (B * columns, 3, H, W), image by image."""
-    size = max(c.shape[-1] for c in columns)
-    columns = [F.interpolate(c, size, mode="nearest-exact") for c in columns]
-    return torch.stack(columns, 1).flatten(0, 1)
-
-
 class Run:
     """What surrounds the steps of a training run: data, folder, log, checkpoints and signals.
 
-    Attributes: device; train_set, test_set; steps_per_epoch, total_steps, warmup_steps; step, the
-    optimizer steps done; folder.
+    Attributes: device; train_set, test_set; steps_per_epoch, total_steps, warmup_steps; peak_lr,
+    that is --lr · batch / 256; folder; step, the optimizer steps done.
     """
 
     MAY_CHANGE = {"data", "out", "resume", "workers", "device", "print_freq", "eval_every", "given"}
 
     def __init__(self, method, args):
-        self.method, self.args, self.step = method, args, 0
+        self.method, self.args, self.step, self.saved = method, args, 0, None
         self.device = start_processes(args.device)
         torch.backends.cudnn.benchmark = not args.deterministic
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        self.folder = self._choose_folder()
-        checkpoint = self.folder / "checkpoint.pth"
-        self.saved = read_file(checkpoint) if args.resume and checkpoint.exists() else None
-        if self.saved:  # what is not given by hand continues as it was
-            for key, value in self.saved["args"].items():
-                if key not in self.MAY_CHANGE.union(args.given):
-                    setattr(args, key, value)
+        self.folder = self._given_folder()
+        self.checkpoint = self.folder and self.folder / "checkpoint.pth"
+        if args.resume and self.folder and self.checkpoint.exists():
+            self.saved = read_file(self.checkpoint)
+            self._adopt_arguments()
         self.train_set, self.test_set = load_data(args.data, args.image_size, args.max_images,
                                                   args.workers, self.device)
-        self._fit_batch()
+        self._fit_batch(len(self.train_set))
         names = "\n".join(self.train_set.names).encode(errors="surrogateescape")
-        self.identity = {"method": method, "images": hashlib.sha256(names).hexdigest()[:16],
-                         "args": {k: v for k, v in vars(args).items() if k != "given"}}
-        if self.saved:
-            self._compare_with_saved()
+        self.images = hashlib.sha256(names).hexdigest()[:16]
+        if self.saved and self.saved["images"] != self.images:
+            raise Failure(f"{self.checkpoint} was trained on other images than those of --data")
+        self.folder = self.folder or self._new_folder()
+        self.checkpoint = self.folder / "checkpoint.pth"
         self.steps_per_epoch = len(self.train_set) // args.batch_size
         self.total_steps = args.epochs * self.steps_per_epoch
         self.warmup_steps = round(args.warmup_epochs * self.steps_per_epoch)
+        self.peak_lr = args.lr * args.batch_size / 256
+        self.say(f"{len(self.train_set):,} images of {args.data or 'the built-in set'}, recipe "
+                 f"{args.recipe}, learning rate {args.lr:g} x {args.batch_size}/256 = "
+                 f"{self.peak_lr:g}, {self.device}, writing to {self.folder}")
         torch.manual_seed(args.seed)
 
-    def _choose_folder(self):
-        """--out; without, the next free one of runs/<method>, -2, -3, ..., or to resume the last."""
-
-        def holds_run(folder):
-            return (folder / "checkpoint.pth").exists() or (folder / "log.jsonl").exists()
-
-        def numbered(n):
-            return Path("runs", self.method + (f"-{n}" if n > 1 else ""))
-
+    def _given_folder(self):
+        """--out, which holds no run already; to resume without it, the last of runs/<method>*."""
         if self.args.out:
-            if holds_run(Path(self.args.out)) and not self.args.resume:
-                raise Failure(f"--out {self.args.out} holds a run: add --resume or choose another")
-            return Path(self.args.out)
-        free = next(n for n in itertools.count(1) if not holds_run(numbered(n)))
-        return numbered(max(free - 1, 1) if self.args.resume else free)
+            folder = Path(self.args.out)
+            if not self.args.resume and any((folder / f).exists() for f in RUN_FILES):
+                raise Failure(f"--out {folder} holds a run: add --resume, or choose another folder")
+            return folder
+        if self.args.resume:
+            found = list(itertools.takewhile(Path.exists, self._folders()))
+            return found[-1] if found else None
 
-    def _fit_batch(self):
+    def _folders(self):
+        return (Path("runs", self.method + f"-{n}" * (n > 1)) for n in itertools.count(1))
+
+    def _new_folder(self):
+        """The first of runs/<method>, -2, -3, ... that this process can create, for all."""
+        folder = None
+        if rank() == 0:
+            for folder in self._folders():
+                with contextlib.suppress(FileExistsError), writing(folder):
+                    folder.mkdir(parents=True)
+                    break
+        if world_size() > 1:
+            dist.broadcast_object_list(shared := [folder])
+            folder = shared[0]
+        return folder
+
+    def _adopt_arguments(self):
+        """Flags that were not given by hand are as they were; others must not differ."""
+        if self.saved.get("method") != self.method:
+            raise Failure(f"{self.checkpoint} is not of {self.method}.py")
+        for key, old in self.saved["args"].items():
+            new = getattr(self.args, key, None)
+            if key in self.args.given and key not in self.MAY_CHANGE and new != old:
+                raise Failure(f"{self.checkpoint} has --{key.replace('_', '-')} {old}, this run "
+                              f"{new}; use another --out")
+            if key not in self.MAY_CHANGE.union(self.args.given):
+                setattr(self.args, key, old)
+
+    def _fit_batch(self, images):
         """A recipe's batch shrinks to the size of the set; one given by hand does not."""
-        images, per_row = len(self.train_set), 2 * world_size()
-        if self.args.batch_size > images:
-            if "batch_size" in self.args.given or images < per_row:
-                raise Failure(f"{images} training images are fewer than --batch-size "
-                              f"{self.args.batch_size}")
-            self.args.batch_size = images // per_row * per_row
+        batch, each = self.args.batch_size, 2 * world_size()
+        if batch > images:
+            if "batch_size" in self.args.given or images < each:
+                raise Failure(f"{images} training images are fewer than --batch-size {batch}")
+            self.args.batch_size = images // each * each
             self.say(f"batch of {self.args.batch_size}, since there are {images} images")
-
-    def _compare_with_saved(self):
-        path, saved, now = self.folder / "checkpoint.pth", self.saved, self.identity
-        if saved["method"] != now["method"]:
-            raise Failure(f"{path} was written by {saved['method']}.py")
-        for key in set(saved["args"]) - self.MAY_CHANGE:
-            if saved["args"][key] != now["args"].get(key):
-                flag = "--" + key.replace("_", "-")
-                raise Failure(f"{path} has {flag} {saved['args'][key]}, this run "
-                              f"{now['args'].get(key)}; use another --out")
-        if saved["images"] != now["images"]:
-            raise Failure(f"{path} was trained on other images than those of --data")
+        if batch % world_size():
+            raise Failure(f"a batch of {batch} has no equal shares for {world_size()} processes")
 
     def say(self, line):
         if rank() == 0:
@@ -1096,29 +1133,31 @@ class Run:
         """-> the backbone, with the weights of --init; keeps a copy without, for the report."""
         self.initial = copy.deepcopy(backbone)
         if self.args.init:
-            from linear_probe import backbone_weights
+            from linear_probe import read_backbone
 
             try:
-                backbone.load_state_dict(backbone_weights(self.args.init))
+                backbone.load_state_dict(read_backbone(self.args.init)[0])
             except RuntimeError:
-                raise Failure(f"--init {self.args.init} does not fit {self.args.arch}")
+                raise Failure(f"--init {self.args.init} does not fit --arch {self.args.arch}")
         return backbone
 
-    def start(self, model, optimizer, backbone):
-        """Place, restore and wrap the model -> what the loop calls instead of `model`. `backbone`
-        is the part of it that is evaluated and saved by itself."""
-        self.model, self.optimizer, self.backbone = model, optimizer, backbone
-        self.evaluated, self.report = 0, None
-        sync_batch_norm(model).to(self.device, memory_format=torch.channels_last)
+    def start(self, model, optimizer, backbone, sync_bn=True):
+        """Place, restore and wrap the model -> what the loop calls instead of it. `backbone` is the
+        part that is evaluated and saved by itself."""
+        self.model, self.optimizer, self.backbone, self.report = model, optimizer, backbone, None
+        model.to(self.device, memory_format=torch.channels_last)
+        if sync_bn:
+            sync_batch_norm(model)
         if self.saved:
             try:
                 model.load_state_dict(self.saved["model"])
                 optimizer.load_state_dict(self.saved["optimizer"])
+                self.step, self.report = self.saved["step"], self.saved["report"]
             except (KeyError, RuntimeError, ValueError) as error:
-                raise Failure(f"{self.folder}/checkpoint.pth does not fit this model: {error}")
-            self.step, self.evaluated = self.saved["step"], self.saved["evaluated"]
-            self.report = self.saved["report"]
-        self._open_log()
+                raise Failure(f"{self.checkpoint} does not fit this model: {error}")
+        if rank() == 0:
+            self._open_log(self.saved["log"] if self.saved else 0)
+        self.saved = None
         if self.args.compile:
             model.compile()
         if world_size() == 1:
@@ -1126,47 +1165,47 @@ class Run:
         return nn.parallel.DistributedDataParallel(
             model, [self.device] if self.device.type == "cuda" else None)
 
-    def _open_log(self):
-        """Create the folder, and continue log.jsonl from the line of the saved step."""
-        if rank() > 0:
-            return
+    def _open_log(self, length):
+        """Continue log.jsonl after its first `length` bytes; one process at a time."""
         path = self.folder / "log.jsonl"
-        try:
+        with writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.log_file = open(path, "a+")
-            with contextlib.suppress(ImportError):
-                import fcntl
+            self.log_file = open(path, "a")
+            if fcntl:
+                try:
+                    fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise Failure(f"another process is writing to {self.folder}")
+            self.log_file.truncate(min(length, path.stat().st_size))
 
-                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.log_file.seek(0)
-            lines = self.log_file.read().splitlines()
-            self.log_file.truncate(0)
-            for line in lines:
-                with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
-                    line = json.loads(line)
-                    last = self.evaluated if "knn" in line else self.step
-                    if line["step"] <= last and ("report" not in line or self.report):
-                        self._write(line)
-        except BlockingIOError:
-            raise Failure(f"another process is writing to {self.folder}")
-        except OSError as error:
-            raise Failure(f"cannot write {path}: {error.strerror}")
+    def sample(self, count=8):
+        """-> the first images of the training set, uint8, and their aspects."""
+        return next(self.train_set.batches([torch.arange(min(count, len(self.train_set)))],
+                                           self.device))
 
-    def save_views(self, augment, count=8):
-        """views.png: a row per image, as it is and as the network sees it, twice."""
+    def save_picture(self, name, *columns):
+        """Columns of pictures (B, 3, ., .) in [0, 1], of any sizes: a row for each of the B."""
         if rank() == 0:
-            images, aspect = next(self.train_set.batches([torch.arange(count)], self.device))
-            views = [augment(images, aspect) for _ in range(2)]
-            save_image(picture_rows(images / 255, *map(denormalize, views)),
-                       self.folder / "views.png", nrow=6)
+            size = max(column.shape[-1] for column in columns)
+            columns = [F.interpolate(c.float(), size, mode="nearest-exact") for c in columns]
+            with writing(self.folder / name):
+                save_image(torch.stack(columns, 1).flatten(0, 1), self.folder / name,
+                           nrow=len(columns) * max(1, 8 // len(columns)))
+
+    def save_views(self, *augments):
+        """views.png: some images as they are, and what each augmentation makes of them."""
+        images, aspect = self.sample()
+        views = [denormalize(augment(images, aspect)) for augment in augments]
+        self.save_picture("views.png", images / 255, *views)
 
     def autocast(self):
         """bfloat16 on CUDA (float32's range: no gradient scaling); nothing on the CPU."""
         return torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
 
     def prints(self, step):
-        """Whether this step (counted from 0) ends with a log line."""
-        return (step + 1) % self.args.print_freq == 0 or (step + 1) % self.steps_per_epoch == 0
+        """Whether this step, counted from 0, ends with a log line."""
+        done = step + 1
+        return done == 1 or done % self.args.print_freq == 0 or done % self.steps_per_epoch == 0
 
     def steps(self):
         """Yields step, images (B/W, 3, S, S) uint8 and aspect (B/W,), until the last step.
@@ -1175,15 +1214,15 @@ class Run:
         step the generators are seeded by seed and step: so a resumed run continues bit for bit, with
         any number of workers. Between steps it saves, evaluates, and obeys signals.
         """
-        self.stop, self.evaluating = 0, False
+        self.signal, self.evaluating, stop = 0, False, 0
         old = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        batches = self.train_set.batches(self._order(), self.device, self.args.workers, replace=True)
+        batches = self.train_set.batches(self._order(), self.device)
         self.started = self.printed = self.saved_at = time.monotonic()
         self.first_step = self.printed_step = self.step
         try:
             self._evaluate_if_due()
             for images, aspect in batches:
-                seed = self.args.seed * 1_000_003 + self.step
+                seed = (self.args.seed + 1) * 1_000_003 + self.step
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed costs 100 times more
                 if self.device.type == "cuda":
                     torch.cuda.manual_seed(seed)
@@ -1192,6 +1231,7 @@ class Run:
                 stop = self._agreed_stop()
                 epoch_ends = self.step % self.steps_per_epoch == 0
                 if stop or epoch_ends or time.monotonic() - self.saved_at > 600:
+                    self.train_set.warn_of_unreadable()
                     self.save()
                 if stop:
                     break
@@ -1200,74 +1240,69 @@ class Run:
             batches.close()
             for number, handler in old.items():
                 signal.signal(number, handler)
-        if self.stop:
+        if stop:
             self.say(f"saved at step {self.step}")
-            sys.exit(self.stop)
+            sys.exit(stop)
 
     def _order(self):
         """This process's share of each batch's indices, from the current step to the last."""
-        share = self.args.batch_size // world_size()
+        share, epoch = self.args.batch_size // world_size(), None
         for step in range(self.step, self.total_steps):
-            epoch, i = divmod(step, self.steps_per_epoch)
-            if i == 0 or step == self.step:
-                generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
-                order = torch.randperm(len(self.train_set), generator=generator)
+            if epoch != step // self.steps_per_epoch:
+                epoch = step // self.steps_per_epoch
+                seed = 2**40 + self.args.seed * 1_000_003 + epoch
+                order = torch.randperm(len(self.train_set),
+                                       generator=torch.Generator().manual_seed(seed))
                 if self.train_set.pixels is not None:
-                    order = order.to(self.train_set.pixels.device)
-            first = i * self.args.batch_size + rank() * share
+                    order = order.to(self.device)
+            first = step % self.steps_per_epoch * self.args.batch_size + rank() * share
             yield order[first : first + share]
 
     def _on_signal(self, number, _):
-        self.stop = 128 + number
+        self.signal = 128 + number
         if self.evaluating:  # the run is saved already
-            sys.exit(self.stop)
+            sys.exit(self.signal)
 
     def _agreed_stop(self):
-        """The signal's exit status, or 0; with several processes they agree at log lines only."""
-        if world_size() > 1:
-            agreed = torch.tensor(self.stop * self.prints(self.step - 1), device=self.device)
-            if self.prints(self.step - 1):
-                dist.all_reduce(agreed, dist.ReduceOp.MAX)
-                self.stop = int(agreed)
-            return int(agreed)
-        return self.stop
+        """The signal's exit status, or 0; several processes agree on it at log lines only."""
+        if world_size() == 1:
+            return self.signal
+        if not self.prints(self.step - 1):
+            return 0
+        dist.all_reduce(agreed := torch.tensor(self.signal), dist.ReduceOp.MAX)
+        return int(agreed)
 
     def log(self, step, loss, lr, chance=None, **health):
-        """One line on the screen and in log.jsonl, at the steps that `prints` says; ends the run if
-        the loss is not finite. loss and health: scalars, averaged over the processes."""
+        """A line on the screen and in log.jsonl, for steps that `prints`; ends the run if the loss
+        is not finite. loss and health: scalars, averaged over the processes."""
         values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device)
                               for v in (loss, *health.values())]).detach()
-        loss, *health_values = (all_sum(values) / world_size()).tolist()
+        loss, *values = (round(v, 6) for v in (all_sum(values) / world_size()).tolist())
+        health, done, now = dict(zip(health, values)), step + 1, time.monotonic()
         if not math.isfinite(loss):
-            raise self._diverged(f"loss is {loss}", step + 1)
-        now, done, first = time.monotonic(), step + 1, step + 1 - self.printed_step
-        speed = (done - self.printed_step) * self.args.batch_size / max(now - self.printed, 1e-9)
+            raise self._diverged(f"loss is {loss}", done)
+        speed = (done - self.printed_step) * self.args.batch_size / (now - self.printed)
         left = (self.total_steps - done) * (now - self.started) / (done - self.first_step)
-        self.printed, self.printed_step = now, done
-        epoch = -(-done // self.steps_per_epoch)
-        health = {k: round(v, 6) for k, v in zip(health, health_values)}
-        self._write({"step": done, "epoch": epoch, "loss": round(loss, 6), **health, "lr": lr,
+        self.printed, self.printed_step, epoch = now, done, -(-done // self.steps_per_epoch)
+        self._write({"step": done, "epoch": epoch, "loss": loss, **health, "lr": lr,
                      "images_per_s": round(speed), "seconds": round(now - self.started, 2)})
         self.say(f"epoch {epoch}/{self.args.epochs}  step {done}/{self.total_steps}  loss {loss:.4f}"
                  + (f" (chance {chance:.4f})" if chance is not None else "")
                  + "".join(f"  {k} {v:.4f}" for k, v in health.items())
                  + f"  lr {lr:.3g}  {speed:,.0f} images/s  {clock(left)} left")
-        if self.device.type == "cpu" and left > 86400 and done - self.first_step == first:
-            self.say("more than a day on this CPU: --recipe demo has a small network")
+        if done == 1 and left > 86400 and self.device.type == "cpu":
+            self.say("this takes days on a CPU; --recipe demo trains a small network")
 
     def _write(self, line):
         if rank() == 0:
-            try:
+            with writing(self.folder / "log.jsonl"):
                 self.log_file.write(json.dumps(line) + "\n")
                 self.log_file.flush()
-            except OSError as error:
-                raise Failure(f"cannot write {self.folder}/log.jsonl: {error.strerror}")
 
     def _diverged(self, what, step):
+        kept = f"; {self.checkpoint} holds an earlier step" * self.checkpoint.exists()
         lr = self.optimizer.param_groups[0]["lr"]
-        kept = (self.folder / "checkpoint.pth").exists()
-        return Failure(f"{what} at step {step} (lr {lr:.3g}); try a lower --lr"
-                       + f"; {self.folder}/checkpoint.pth holds an earlier step" * kept)
+        return Failure(f"{what} at step {step} (lr {lr:.3g}): try a lower --lr{kept}")
 
     def save(self):
         """checkpoint.pth, the whole run, and backbone.pth, what users want of it."""
@@ -1275,22 +1310,27 @@ class Run:
         if not torch.stack([v.isfinite().all() for v in state.values()]).all():
             raise self._diverged("weights are not finite", self.step)
         if rank() == 0:
-            save_file(self.folder / "checkpoint.pth", {
-                **self.identity, "step": self.step, "evaluated": self.evaluated,
-                "report": self.report, "model": state, "optimizer": self.optimizer.state_dict()})
-            save_file(self.folder / "backbone.pth", self.backbone.state_dict())
+            args = {k: v for k, v in vars(self.args).items() if k != "given"}
+            save_file(self.checkpoint, {
+                "method": self.method, "recipe": self.args.recipe, "args": args, "step": self.step,
+                "images": self.images, "log": self.log_file.tell(), "report": self.report,
+                "model": state, "optimizer": self.optimizer.state_dict()})
+            save_file(self.folder / "backbone.pth",
+                      {k: v.cpu() for k, v in self.backbone.state_dict().items()})
         self.saved_at = time.monotonic()
 
     def _evaluate_if_due(self):
-        """kNN at the end of every `eval_every`-th epoch; a run killed meanwhile does it again."""
+        """kNN at the end of each `eval_every`-th epoch; a run resumed there does it again."""
         every = self.args.eval_every * self.steps_per_epoch
-        if every and self.test_set and self.step % every == 0 and self.step > self.evaluated:
-            from linear_probe import knn_accuracy
+        if not every or not self.step or self.step % every:
+            return
+        from linear_probe import knn_accuracy
 
-            self.evaluating = True
-            top1 = knn_accuracy(self.backbone, self.train_set, self.test_set, self.args.image_size,
-                                self.device)
-            self.evaluated, self.evaluating = self.step, False
+        self.evaluating = True
+        top1 = knn_accuracy(self.backbone, self.train_set, self.test_set, self.args.image_size,
+                            self.device)
+        self.evaluating, self.printed, self.printed_step = False, time.monotonic(), self.step
+        if top1 is not None:
             self._write({"step": self.step, "knn": round(top1, 2)})
             self.say(f"kNN {top1:.2f} % after epoch {self.step // self.steps_per_epoch}")
 
@@ -1308,4 +1348,4 @@ class Run:
             self.save()
         if rank() == 0:
             print_report(self.report)
-            self.say(f"wrote {self.folder}/: backbone.pth, checkpoint.pth, log.jsonl, pictures")
+        self.say(f"{self.folder} holds backbone.pth, checkpoint.pth, log.jsonl and pictures")

@@ -51,11 +51,13 @@ def extract_features(backbone, image_set, image_size, device, view=None, indices
     rows, was_training = [], backbone.training
     backbone.eval()
     for images, aspect in progress(image_set.batches(mine, device), "encoding", len(mine)):
+        x = view(images, aspect)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            features = backbone(view(images, aspect)).float()
-        rows.append(torch.cat([features, aspect[:, None]], 1))
+            rows.append(backbone(x).float())
     backbone.train(was_training)
-    rows = gather(torch.cat(rows)).unflatten(0, (world_size(), share))
+    readable = [i not in image_set.unreadable for i in torch.cat(mine).tolist()]
+    readable = torch.tensor(readable, dtype=torch.float32, device=device)[:, None]
+    rows = gather(torch.cat([torch.cat(rows), readable], 1)).unflatten(0, (world_size(), share))
     rows = rows.transpose(0, 1).flatten(0, 1)[: len(indices)]
     return rows[:, :-1], rows[:, -1] > 0
 
@@ -362,7 +364,7 @@ def load_backbone(path, image_size=None):
 
 
 def parse_args(argv=None):
-    from common import _device, number
+    from common import device_name, number
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
@@ -377,7 +379,7 @@ def parse_args(argv=None):
     add("--image-size", type=number(int, 8), help="side of a view in pixels; none: as in training")
     add("--max-images", type=number(int, 2), help="use only this many training images")
     add("-j", "--workers", type=number(int, 0), default=4, help="processes that decode images")
-    add("--device", type=_device, help="cpu, cuda or cuda:N; none: CUDA where there is one")
+    add("--device", type=device_name, help="cpu, cuda or cuda:N; none: CUDA where there is one")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of random weights and views")
     words = sys.argv[1:] if argv is None else argv
     args = parser.parse_args([re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word)
