@@ -60,24 +60,32 @@ class Failure(Exception):
 def main(run, parse_args, argv=None):
     """`run(parse_args(argv))`, and the exit status: 1 after a `Failure` (one line on stderr), 2 for
     wrong arguments, 130 and 143 after Ctrl-C and SIGTERM (nothing on stderr)."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         run(parse_args(argv))
     except KeyboardInterrupt:
         sys.exit(130)
     except (Failure, MemoryError, RuntimeError) as error:
-        memory = re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error))
-        if memory or isinstance(error, MemoryError):
-            error = "out of memory; try a smaller --batch-size or --image-size"
+        reason = str(error)
+        if isinstance(error, MemoryError) or re.search(
+                "out of memory|can't allocate memory|ALLOC_FAILED", reason):
+            reason = "out of memory; try a smaller --batch-size or --image-size"
+        elif "DataLoader worker" in reason:
+            print("error: a process that decodes images died, out of memory? try fewer --workers",
+                  file=sys.stderr, flush=True)
+            os._exit(1)  # the normal way out would wait for it
         elif not isinstance(error, Failure):
             raise
         if rank() > 0:
             time.sleep(10)  # the first process says the same, and torchrun then stops this one
-        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        print("error:", " ".join(reason.split()), file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -354,7 +362,7 @@ class ImageSet(Dataset):
         self.source, self.names, self.classes = source, names, classes
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
         self.canvas, self.workers, self.pixels, self.aspect = None, 0, None, None
-        self.unreadable, self.warned = {}, 0
+        self.unreadable, self.warned, self.loader = {}, 0, None
 
     def __len__(self):
         return len(self.names)
@@ -401,8 +409,9 @@ class ImageSet(Dataset):
         digest = hashlib.sha256(str(canvas).encode())
         for i, name in enumerate(self.names):
             with contextlib.suppress(OSError):
-                stamp = os.stat(self.source[i]) if isinstance(self.source, list) else None
-                name = name, stamp and (stamp.st_size, stamp.st_mtime_ns)
+                if isinstance(self.source, list):
+                    stamp = os.stat(self.source[i])
+                    name = os.path.abspath(self.source[i]), stamp.st_size, stamp.st_mtime_ns
             digest.update(repr(name).encode())
         file = Path("data/cache", digest.hexdigest()[:16] + ".pth")
         with first_process_first():
@@ -444,18 +453,13 @@ class ImageSet(Dataset):
         loader = DataLoader(self, batch_sampler=(torch.as_tensor(i).tolist() for i in index_lists),
                             num_workers=self.workers if workers is None else workers,
                             worker_init_fn=_ignore_signals, pin_memory=device.type == "cuda")
-        loader = iter(loader)
-        while True:
-            try:
-                images, aspect, indices, reasons = next(loader)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                raise Failure(f"a process that decodes images died, out of memory? {error}")
+        self.loader = iter(loader)  # kept: to destroy it when a worker was killed can hang
+        for images, aspect, indices, reasons in self.loader:
             self.unreadable |= {i: r for i, r in zip(indices.tolist(), reasons) if r}
             if all(reasons):
                 raise Failure(f"a whole batch of images is unreadable: {reasons[0]}, ...")
             yield images.to(device, non_blocking=True), aspect.float().to(device, non_blocking=True)
+        self.loader = None
 
 
 def _ignore_signals(_):
@@ -966,7 +970,8 @@ class ResNet(nn.Module):
 def architecture(text):
     """An argparse type: a name of DEPTHS, or such a name times a width ("resnet18x2")."""
     name, _, width = text.partition("x")
-    if name not in DEPTHS or (width and not re.fullmatch(r"\d+(\.\d+)?", width)):
+    if name not in DEPTHS or not re.fullmatch(r"(\d+(\.\d+)?)?", width) or \
+            round(32 * float(width or 1)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(DEPTHS)}, nor a wider one")
     return text
 
@@ -1064,21 +1069,20 @@ class Run:
         self.images = hashlib.sha256(names).hexdigest()[:16]
         if self.saved and self.saved["images"] != self.images:
             raise Failure(f"{self.checkpoint} was trained on other images than those of --data")
-        self.folder = self.folder or self._new_folder()
-        self.checkpoint = self.folder / "checkpoint.pth"
         self.steps_per_epoch = len(self.train_set) // args.batch_size
         self.total_steps = args.epochs * self.steps_per_epoch
         self.warmup_steps = round(args.warmup_epochs * self.steps_per_epoch)
         self.peak_lr = args.lr * args.batch_size / 256
-        self.say(f"{len(self.train_set):,} images of {args.data or 'the built-in set'}, recipe "
-                 f"{args.recipe}, learning rate {args.lr:g} x {args.batch_size}/256 = "
-                 f"{self.peak_lr:g}, {self.device}, writing to {self.folder}")
+        self.say(f"recipe {args.recipe}, {args.data or 'built-in set'}: {len(self.train_set):,} images, "
+                 f"learning rate {args.lr:g} x {args.batch_size}/256 = {self.peak_lr:g}")
         torch.manual_seed(args.seed)
 
     def _given_folder(self):
         """--out, which holds no run already; to resume without it, the last of runs/<method>*."""
         if self.args.out:
             folder = Path(self.args.out)
+            if folder.exists() and not folder.is_dir():
+                raise Failure(f"--out {folder} is not a folder")
             if not self.args.resume and any((folder / f).exists() for f in RUN_FILES):
                 raise Failure(f"--out {folder} holds a run: add --resume, or choose another folder")
             return folder
@@ -1104,14 +1108,15 @@ class Run:
 
     def _adopt_arguments(self):
         """Flags that were not given by hand are as they were; others must not differ."""
-        if self.saved.get("method") != self.method:
-            raise Failure(f"{self.checkpoint} is not of {self.method}.py")
+        found = self.saved.get("method") if isinstance(self.saved, dict) else None
+        if found != self.method:
+            raise Failure(f"{self.checkpoint} holds no run of {self.method}.py (method: {found})")
         for key, old in self.saved["args"].items():
             new = getattr(self.args, key, None)
             if key in self.args.given and key not in self.MAY_CHANGE and new != old:
                 raise Failure(f"{self.checkpoint} has --{key.replace('_', '-')} {old}, this run "
                               f"{new}; use another --out")
-            if key not in self.MAY_CHANGE.union(self.args.given):
+            if key not in self.args.given and key not in ("out", "resume", "device", "workers"):
                 setattr(self.args, key, old)
 
     def _fit_batch(self, images):
@@ -1155,9 +1160,15 @@ class Run:
                 self.step, self.report = self.saved["step"], self.saved["report"]
             except (KeyError, RuntimeError, ValueError) as error:
                 raise Failure(f"{self.checkpoint} does not fit this model: {error}")
+        self.folder = self.folder or self._new_folder()
+        self.checkpoint = self.folder / "checkpoint.pth"
+        self.say(f"writing to {self.folder}, training on {self.device}")
         if rank() == 0:
             self._open_log(self.saved["log"] if self.saved else 0)
         self.saved = None
+        self.signal, self.deferring = 0, False
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, self._on_signal)
         if self.args.compile:
             model.compile()
         if world_size() == 1:
@@ -1214,11 +1225,10 @@ class Run:
         step the generators are seeded by seed and step: so a resumed run continues bit for bit, with
         any number of workers. Between steps it saves, evaluates, and obeys signals.
         """
-        self.signal, self.evaluating, stop = 0, False, 0
-        old = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         batches = self.train_set.batches(self._order(), self.device)
         self.started = self.printed = self.saved_at = time.monotonic()
         self.first_step = self.printed_step = self.step
+        stop, self.deferring = 0, True
         try:
             self._evaluate_if_due()
             for images, aspect in batches:
@@ -1234,15 +1244,14 @@ class Run:
                     self.train_set.warn_of_unreadable()
                     self.save()
                 if stop:
+                    self.train_set.loader = None
                     break
                 self._evaluate_if_due()
         finally:
             batches.close()
-            for number, handler in old.items():
-                signal.signal(number, handler)
+            self.deferring = False
         if stop:
-            self.say(f"saved at step {self.step}")
-            sys.exit(stop)
+            self._exit(stop)
 
     def _order(self):
         """This process's share of each batch's indices, from the current step to the last."""
@@ -1260,8 +1269,13 @@ class Run:
 
     def _on_signal(self, number, _):
         self.signal = 128 + number
-        if self.evaluating:  # the run is saved already
-            sys.exit(self.signal)
+        if not self.deferring:
+            self._exit(self.signal)
+
+    def _exit(self, status):
+        if self.checkpoint.exists():
+            self.say(f"saved at step {self.step}")
+        sys.exit(status)
 
     def _agreed_stop(self):
         """The signal's exit status, or 0; several processes agree on it at log lines only."""
@@ -1326,10 +1340,10 @@ class Run:
             return
         from linear_probe import knn_accuracy
 
-        self.evaluating = True
+        self.deferring = False  # the run is saved already
         top1 = knn_accuracy(self.backbone, self.train_set, self.test_set, self.args.image_size,
                             self.device)
-        self.evaluating, self.printed, self.printed_step = False, time.monotonic(), self.step
+        self.deferring, self.printed, self.printed_step = True, time.monotonic(), self.step
         if top1 is not None:
             self._write({"step": self.step, "knn": round(top1, 2)})
             self.say(f"kNN {top1:.2f} % after epoch {self.step // self.steps_per_epoch}")
@@ -1348,4 +1362,4 @@ class Run:
             self.save()
         if rank() == 0:
             print_report(self.report)
-        self.say(f"{self.folder} holds backbone.pth, checkpoint.pth, log.jsonl and pictures")
+        self.say(f"wrote {self.folder}/backbone.pth, checkpoint.pth, log.jsonl and pictures")

@@ -191,33 +191,36 @@ def write_unreadable(folder):
     return 6
 
 
-def test_unreadable_training_images_are_skipped_and_named(tmp_path, capsys):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_unreadable_training_images_are_replaced(tmp_path, monkeypatch, capsys, streaming):
+    """By the next readable image, which then has no label; one line on stderr names some."""
+    if streaming:
+        monkeypatch.setattr(common, "free_memory", lambda device: 0)
     for name in "cat", "dog":
         write_images(tmp_path / "images" / "train" / name, 3)
         write_images(tmp_path / "images" / "val" / name, 1)
     count = write_unreadable(tmp_path / "images" / "train" / "cat")
+    files = [*range(3), *[9] * count, *range(9, 12)]
     for _ in range(2):  # the second time from the cache
         train, test = load_data("images", image_size=32)
-        assert len(train) == 6 and len(test) == 2
-        assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-        assert train.names[3:] == [f"dog/00{i}.png" for i in range(3)]
-        for (images, aspect), i in zip(train.batches([[3], [5]], CPU), (0, 2)):
-            path = tmp_path / "images" / "train" / "dog" / f"00{i}.png"
-            assert torch.equal(images[0], read(path, 32)[0]) and aspect == 1
-        line, = capsys.readouterr().err.splitlines()
-        assert f" {count} " in line
-        assert sum(f"'cat/{name}'" in line for name in os.listdir("images/train/cat")) == 3
+        assert len(test) == 2
+        expected = [read(find_images("images/train")[i], 32)[0] for i in files]
+        images, aspect = all_images(train)
+        assert torch.equal(images, torch.stack(expected)) and (aspect == 1).all()
+        if not streaming:
+            assert train.labels.tolist() == [0, 0, 0, *[-1] * count, 1, 1, 1]
+            line, = capsys.readouterr().err.splitlines()
+            assert f" {count} " in line
+            names = os.listdir("images/train/cat")
+            assert sum(f"'cat/{name}'" in line for name in names) == 3
 
 
-def test_unreadable_images_are_named_while_streaming(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "free_memory", lambda device: 0)
-    write_images(tmp_path / "images", 3)
-    (tmp_path / "images" / "bad.png").write_text("no image")
+def test_unreadable_image_after_many_readable_ones(tmp_path):
+    write_images(tmp_path / "images", 64, size=(8, 8))
+    (tmp_path / "images" / "last.png").write_text("no image")
     train, _ = load_data("images", image_size=32)
-    for _, aspect in train.batches([range(4), range(4)], CPU):
-        assert aspect.tolist() == [1, 1, 1, 0]  # 0 marks it
-    line, = capsys.readouterr().err.splitlines()  # once
-    assert "'bad.png'" in line
+    images, _ = all_images(train)
+    assert len(images) == 65 and torch.equal(images[64], images[0])
 
 
 def test_unreadable_test_image_is_an_error(class_folders, capsys):
@@ -351,7 +354,7 @@ def test_odd_names(name, capsys):
     os.rename(b"images/cat/000.png", b"images/cat/" + name)
     open(b"images/cat/bad" + name, "w").close()
     train, test = load_data("images", image_size=32)
-    assert len(train) + len(test) == 80 and os.fsdecode(b"cat/" + name) in train.names + test.names
+    assert os.fsdecode(b"cat/" + name) in train.names + test.names
     line, = capsys.readouterr().err.splitlines()
     assert line.isprintable()
     common.save_file("names.pth", {"names": train.names})
@@ -397,7 +400,7 @@ def dataset_class(split_flag, count=6):
     return make_by_train if split_flag == "train" else make_by_split
 
 
-@pytest.mark.parametrize("name, split_flag", [("CIFAR10", "train"), ("STL10", "split")])
+@pytest.mark.parametrize("name, split_flag", [("CIFAR10", "train"), ("SVHN", "split")])
 def test_torchvision_set(monkeypatch, name, split_flag):
     monkeypatch.setattr(torchvision.datasets, name, dataset_class(split_flag))
     for _ in range(2):  # the second time from the cache
@@ -566,12 +569,12 @@ def test_half_of_the_free_memory_is_used(tmp_path, monkeypatch):
         assert (load_data("images", image_size=32)[0].pixels is not None) == resident
 
 
-def test_killed_loader_process_is_a_failure(tmp_path, monkeypatch):
+def test_killed_loader_process_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "free_memory", lambda device: 0)
     monkeypatch.setattr(common, "to_square", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
     write_images(tmp_path / "images", 4)
     train, _ = load_data("images", image_size=32, workers=1)
-    with pytest.raises(Failure, match="--workers"):
+    with pytest.raises(RuntimeError, match="DataLoader worker"):  # `main` makes it one line
         list(train.batches([[0, 1], [2, 3]], CPU))
 
 

@@ -36,7 +36,7 @@ class Images:
                               generator=torch.Generator().manual_seed(seed))
         self.pixels = (value[:, None, None, None] + noise * by_class).to(torch.uint8)
         self.aspect = torch.ones(len(labels))
-        self.aspect[list(unreadable)] = 0
+        self.unreadable = dict.fromkeys(unreadable, "a reason")
 
     def __len__(self):
         return len(self.labels)

@@ -1,0 +1,58 @@
+"""What stands in several method files stands there on purpose, identical to the character."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+# They belong to the methods of several papers, and every file works alone: changed in one file,
+# they are changed in all.
+COPIES = {"LARS", "cosine", "ema_update", "spread", "accuracy", "stepwise",
+          "PatchEmbed", "Attention", "MLP", "Block", "positions"}
+
+# The same idea in every file, each time in its own way.
+OWN = {"make_augment", "make_optimizer", "train", "parse_args", "ViT", "positive_accuracy"}
+
+NOT_METHODS = {"common.py", "linear_probe.py"}
+
+
+def definitions():
+    """-> {name: {file: source}} of all top-level functions and classes of the method files."""
+    found = {}
+    for path in sorted(ROOT.glob("*.py")):
+        if path.name in NOT_METHODS:
+            continue
+        lines = path.read_text().splitlines()
+        for node in ast.parse("\n".join(lines)).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+                source = "\n".join(lines[first - 1 : node.end_lineno])
+                found.setdefault(node.name, {})[path.name] = source
+    return found
+
+
+SHARED = {name: files for name, files in definitions().items() if len(files) > 1}
+
+
+@pytest.mark.parametrize("name", sorted(COPIES))
+def test_copies_are_identical(name):
+    (first, expected), *others = SHARED[name].items()
+    for file, source in others:
+        assert source == expected, f"{name} in {file} is not that in {first}"
+
+
+def test_no_other_name_stands_in_several_files():
+    """Neither by chance, nor as a copy that could drift."""
+    others = SHARED.keys() - COPIES - OWN
+    assert not {name: [*SHARED[name]] for name in others}
+
+
+def test_barlow_has_the_augmentation_of_byol_and_the_optimizer_groups_are_simclrs():
+    assert SHARED["make_augment"]["barlow.py"] == SHARED["make_augment"]["byol.py"]
+    assert SHARED["make_optimizer"]["byol.py"] == SHARED["make_optimizer"]["simclr.py"]
+
+
+def test_what_is_compared_is_the_whole_definition():
+    assert SHARED["LARS"]["simclr.py"].startswith("class LARS(torch.optim.Optimizer):")
+    assert SHARED["LARS"]["simclr.py"].endswith('alpha=-group["lr"])')
+    assert SHARED["ema_update"]["byol.py"].startswith("@torch.no_grad()\ndef ema_update(")
