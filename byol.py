@@ -7,7 +7,8 @@ side only, and a target that changes slowly and gets no gradient.
 
 Each image is augmented twice. The target network, an exponential moving average (EMA) of the online
 network, maps one view to a vector; backbone, projector and predictor have to produce that vector
-from the other view. Nothing in the loss forbids a constant output, yet it is not where this ends.
+from the other view. Nothing in the loss forbids a constant output, yet it is not where this ends;
+without the predictor it is, within a hundred steps, and `spread` shows it (tests/test_byol.py).
 
                ┌─ augment1 ─ view1 ─ backbone ─ features ─ projector ─ predictor ─ p1 ─┐
                │                        │        └─ what is kept                       │
@@ -75,7 +76,7 @@ def byol_loss(p1, p2, z1, z2):
 
         ‖p̄1 - z̄2‖² + ‖p̄2 - z̄1‖²  =  4 - 2 cos(p1, z2) - 2 cos(p2, z1)        with v̄ = v / ‖v‖
 
-    z are constants: stop-gradient. Vectors at right angles give 4.
+    z are constants: stop-gradient. Vectors at right angles give 4, which surveys leave out.
     """
     p1, p2 = F.normalize(p1, dim=1), F.normalize(p2, dim=1)
     z1, z2 = F.normalize(z1.detach(), dim=1), F.normalize(z2.detach(), dim=1)

@@ -456,7 +456,7 @@ class ImageSet(Dataset):
         self.loader = iter(loader)  # kept: to destroy it when a worker was killed can hang
         for images, aspect, indices, reasons in self.loader:
             self.unreadable |= {i: r for i, r in zip(indices.tolist(), reasons) if r}
-            if all(reasons):
+            if all(reasons) and not images.any():
                 raise Failure(f"a whole batch of images is unreadable: {reasons[0]}, ...")
             yield images.to(device, non_blocking=True), aspect.float().to(device, non_blocking=True)
         self.loader = None
@@ -1109,7 +1109,7 @@ class Run:
     def _adopt_arguments(self):
         """Flags that were not given by hand are as they were; others must not differ."""
         found = self.saved.get("method") if isinstance(self.saved, dict) else None
-        if found != self.method:
+        if found != self.method or not isinstance(self.saved.get("args"), dict):
             raise Failure(f"{self.checkpoint} holds no run of {self.method}.py (method: {found})")
         for key, old in self.saved["args"].items():
             new = getattr(self.args, key, None)
@@ -1230,7 +1230,8 @@ class Run:
         self.first_step = self.printed_step = self.step
         stop, self.deferring = 0, True
         try:
-            self._evaluate_if_due()
+            if not self.report:
+                self._evaluate_if_due()
             for images, aspect in batches:
                 seed = (self.args.seed + 1) * 1_000_003 + self.step
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed costs 100 times more
@@ -1355,7 +1356,8 @@ class Run:
         if self.report:
             self.say(f"already finished: {self.folder}")
         else:
-            self.save()
+            if not self.total_steps:
+                self.save()
             self.report = evaluate(self.backbone, self.initial, self.train_set, self.test_set,
                                    self.args.image_size, self.device)
             self._write({"step": self.step, "report": self.report})

@@ -1,4 +1,4 @@
-"""DINO: a student predicts what a slowly moving average of itself, the teacher, says of larger crops.
+"""DINO: a student predicts what its own moving average, the teacher, says of other crops.
 
 Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (2021, arXiv 2104.14294).
 Survey family: self-distillation with an EMA teacher, on a vision transformer. What prevents
@@ -8,9 +8,9 @@ Each image is cropped twice large and several times small. Teacher and student t
 distributions over K classes that nobody named; the student, which sees all crops, has to match what
 the teacher, which sees only the large ones, says of another crop. So parts must tell of the whole.
 
-                  ┌─ global views ─ teacher ─ logits - center ─ softmax(/ τ_t) ─┐
-        image ────┤                    ↑ EMA                      no gradient   ├─ cross-entropy
-                  └─ all views ──── student ─ logits ───────── log softmax(/ τ_s) ┘
+                  ┌─ global views ─ teacher ─ logits - center ─ softmax(/ τ_t), no gradient ─┐
+        image ────┤                    ↑ EMA                                                 ├─ loss
+                  └─ all views ──── student ─ logits ─ log softmax(/ τ_s) ───────────────────┘
         what is kept: the teacher's backbone; its features are the class token
 
 Run      python dino.py                         demonstration: built-in images, CPU, a minute
@@ -28,6 +28,7 @@ grid's size (official: a tenth of a patch more); bfloat16 without gradient scali
 float16); the survey's formula has two views, no temperatures and no center.
 """
 
+import argparse
 import copy
 import math
 
@@ -126,11 +127,12 @@ class ViT(nn.Module):
         self.apply(init_linear)
 
     def positions(self, height, width):
-        """(1, 1 + height · width, C): the embeddings of a grid of patches, bicubic from one's own."""
+        """(1, 1 + height · width, C): the embeddings of another grid of patches, by bicubic
+        interpolation."""
         if height == width == self.grid_size:
             return self.pos_embed
         grid = self.pos_embed[0, 1:].unflatten(0, (self.grid_size, self.grid_size))
-        # As two weighted sums: on CUDA the gradient of a bicubic F.interpolate is not deterministic.
+        # Two weighted sums, as the gradient of a 2-D F.interpolate is not deterministic on CUDA.
         eye = torch.eye(self.grid_size, dtype=grid.dtype, device=grid.device)[None, :, :, None]
         rows, columns = (F.interpolate(eye, (side, 1), mode="bicubic")[0, :, :, 0].T
                          for side in (height, width))  # (side, grid_size)
@@ -167,13 +169,15 @@ def init_linear(module):
 
 class Head(nn.Module):
     """Three layers to a bottleneck of unit length, then a weight-normalised layer to K classes: the
-    logits are cosines. (B, C) -> (B, K). No BN anywhere."""
+    logits are cosines. (B, C) -> (B, K). bn: after the hidden layers (the paper's ViTs: none)."""
 
-    def __init__(self, feature_dim, out_dim, hidden_dim, bottleneck_dim):
+    def __init__(self, feature_dim, out_dim, hidden_dim, bottleneck_dim, bn):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(feature_dim, hidden_dim), nn.GELU(),
-                                 nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
-                                 nn.Linear(hidden_dim, bottleneck_dim))
+        layers = []
+        for into in feature_dim, hidden_dim:
+            layers += [nn.Linear(into, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.GELU()]
+        layers = [layer for layer in layers if bn or not isinstance(layer, nn.BatchNorm1d)]
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
         self.mlp.apply(init_linear)
         self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
 
@@ -189,9 +193,10 @@ class DINO(nn.Module):
     starts as a copy, without stochastic depth, and has no gradient.
     """
 
-    def __init__(self, backbone, feature_dim, out_dim=65536, hidden_dim=2048, bottleneck_dim=256):
+    def __init__(self, backbone, feature_dim, out_dim=65536, hidden_dim=2048, bottleneck_dim=256,
+                 head_bn=False):
         super().__init__()
-        head = Head(feature_dim, out_dim, hidden_dim, bottleneck_dim)
+        head = Head(feature_dim, out_dim, hidden_dim, bottleneck_dim, head_bn)
         self.student = nn.ModuleDict({"backbone": backbone, "head": head})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         for module in self.teacher.modules():
@@ -200,8 +205,8 @@ class DINO(nn.Module):
         self.register_buffer("center", torch.zeros(out_dim))
 
     def forward(self, global_views, local_views):
-        """Lists of 2 and of V - 2 tensors (B, 3, ., .) -> logits of the student (V, B, K) and of the
-        teacher (2, B, K). One pass per size of view, so that these share BN statistics."""
+        """Lists of 2 and of V - 2 tensors (B, 3, ., .) -> logits of the student (V, B, K) and the
+        teacher (2, B, K). Views of one size go in one pass and share BN statistics."""
         sizes = [torch.cat(views) for views in (global_views, local_views) if views]
         features = torch.cat([self.student["backbone"](x) for x in sizes])
         student = self.student["head"](features)
@@ -215,13 +220,13 @@ class DINO(nn.Module):
 
 
 def dino_loss(student, teacher, center, student_temperature, teacher_temperature):
-    """Equation 3 of the paper, averaged over its 2(V - 1) terms and the batch: (V, B, K), (2, B, K),
-    (K,) -> scalar. Views 0 and 1 are the global ones, in both.
+    """Equation 3 of the paper, as a mean over its 2(V - 1) terms and the batch: (V, B, K),
+    (2, B, K), (K,) -> scalar. Views 0 and 1 are the global ones, in both.
 
         Σ_{t ∈ {0, 1}} Σ_{v ≠ t} H(P_t, P_v),  H(a, b) = -Σ_k a_k log b_k
         P_t = softmax((teacher_t - c) / τ_t), no gradient;  P_v = softmax(student_v / τ_s)
 
-    A student that says the same of everything has ln K at least, if the teacher is centered.
+    Guessing gives ln K.
     """
     p = torch.softmax((teacher - center) / teacher_temperature, 2).detach()  # stop-gradient
     log_p = torch.log_softmax(student / student_temperature, 2)
@@ -266,7 +271,7 @@ def make_augments(image_size, local_size, crop_scale, local_crop_scale, blur):
             RandomHorizontalFlip(0.5),
             ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
             RandomGrayscale(0.2),
-            GaussianBlur(blur * blurred, sigma=(0.1, 2.0), kernel_size=13),  # 3 σ; PIL's is endless
+            GaussianBlur(blur * blurred, sigma=(0.1, 2.0), kernel_size=13),  # to 3 σ, as PIL
             RandomSolarize(solarized),
             Normalize(),
         ])
@@ -333,7 +338,8 @@ def train(args):
     else:
         backbone = make_backbone(args.arch, args.image_size)
     backbone = run.init(backbone)
-    model = DINO(backbone, backbone.feature_dim, args.out_dim, args.hidden_dim)
+    model = DINO(backbone, backbone.feature_dim, args.out_dim, args.hidden_dim,
+                 head_bn=args.head_bn)
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
     augment1, augment2, augment_local = make_augments(
         args.image_size, args.local_size, args.crop_scale, args.local_crop_scale, args.blur)
@@ -399,6 +405,7 @@ RECIPES = {
     "blur":                      (0.0,         0.0,         1.0),
     "out_dim":                   (1024,        4096,        65536),
     "hidden_dim":                (512,         2048,        2048),
+    "head_bn":                   (True,        True,        False),
     "student_temperature":       (0.1,         0.1,         0.1),
     "teacher_temperature":       (0.04,        0.07,        0.07),
     "teacher_temperature_start": (0.04,        0.04,        0.04),
@@ -424,25 +431,26 @@ def parse_args(argv=None):
     add("--drop-path", type=number(float, 0, 0.9), help="stochastic depth of the student's ViT")
     add("--local-views", type=number(int, 0), help="small crops of each image (paper: 8)")
     add("--local-size", type=number(int, 8), help="side of a local view in pixels (paper: 96)")
-    add("--crop-scale", type=number(float, 0, 1, above=True), help="area of the smallest global and "
-        "the largest local crop, as a fraction of the image (paper: 0.4)")
+    add("--crop-scale", type=number(float, 0, 1, above=True), help="area of the smallest global "
+        "and the largest local crop, as a fraction of the image (paper: 0.4)")
     add("--local-crop-scale", type=number(float, 0, 1, above=True),
         help="area of the smallest local crop (paper: 0.05)")
     add("--blur", type=number(float, 0, 1), help="share of the paper's fractions of blurred views: "
         "all first global, a tenth of the second, half of the local ones")
     add("--out-dim", type=number(int, 2), help="classes, K (paper: 65536)")
     add("--hidden-dim", type=number(int, 1), help="width of the head (paper: 2048)")
+    add("--head-bn", action=argparse.BooleanOptionalAction, help="BN in the head (paper: none)")
     add("--student-temperature", type=number(float, 0, above=True), help="paper: 0.1")
     add("--teacher-temperature", type=number(float, 0, above=True), help="paper: 0.07")
     add("--teacher-temperature-start", type=number(float, 0, above=True), help="paper: 0.04")
     add("--temperature-warmup-epochs", type=number(float, 0), help="from that to this (paper: 30)")
-    add("--ema-momentum", type=number(float, 0, 1), help="weight of the old teacher at the start; 1 "
-        "at the end (paper: 0.996; its authors advise 0.9995 for batches of 256)")
+    add("--ema-momentum", type=number(float, 0, 1), help="weight of the old teacher at the start; "
+        "1 at the end (paper: 0.996; its authors advise 0.9995 for batches of 256)")
     add("--center-momentum", type=number(float, 0, 1), help="weight of the old center (paper: 0.9)")
     add("--clip-norm", type=number(float, 0, above=True), help="largest gradient of a parameter")
     add("--freeze-epochs", type=number(float, 0), help="epochs without training of the last layer")
     args = parser.parse_args(argv)
-    if args.arch in VITS and (args.image_size % args.patch_size or args.local_size % args.patch_size):
+    if args.arch in VITS and any(s % args.patch_size for s in (args.image_size, args.local_size)):
         parser.error(f"--image-size {args.image_size} and --local-size {args.local_size} must be "
                      f"multiples of --patch-size {args.patch_size}")
     if args.local_crop_scale > args.crop_scale:

@@ -191,6 +191,7 @@ def stepwise(step, total_steps, warmup_steps, start, drops, factor):
 def train(args):
     """Puzzles of a batch of images, once per step."""
     from common import Run, denormalize, make_backbone, uniform
+    from linear_probe import calibrate_batch_norm
 
     run = Run("jigsaw", args)
     # The stem for whole images, though it sees tiles: whole images are what the backbone is for,
@@ -234,15 +235,21 @@ def train(args):
         if run.prints(step):
             run.log(step, loss, lr, chance, accuracy=accuracy(logits, order))
 
-    with torch.no_grad():
-        solution = model.eval()(normalize_tiles(puzzles)).argmax(1)
-    run.save_picture("puzzles.png", shuffled, lay_out(tiles, model.orders[solution]))
+    if not run.report:  # else it was done when the run was finished
+        with torch.no_grad():
+            solution = model.eval()(normalize_tiles(puzzles)).argmax(1)
+        run.save_picture("puzzles.png", shuffled, lay_out(tiles, model.orders[solution]))
+        # From now on the backbone sees whole images: its BN gets their statistics.
+        whole = make_backbone(args.arch, args.image_size).to(run.device)
+        whole.load_state_dict(backbone.state_dict())
+        calibrate_batch_norm(whole, run.train_set, args.image_size, run.device)
+        backbone.load_state_dict(whole.state_dict())
     run.finish()
 
 
 # Sources: imagenet: vissl's ResNet-50 (rate drops at epochs 30, 60, 90 and 100; of its probes that
-# with 100 permutations is best, the paper has 1000). cifar: nobody has published one; the same tiles in proportion.
-# demo: the same as cifar where not measured to be better.
+# with 100 permutations is best; the paper has 1000). cifar: none is published; tiles as at 255
+# pixels in proportion, not tuned. demo: measured.
 RECIPES = {
     "recipe":        ("demo",           "cifar",          "imagenet"),
     "arch":          ("resnet8",        "resnet18",       "resnet50"),

@@ -2,27 +2,26 @@
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners" (2021, arXiv 2111.06377). --objective
 simmim: Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling" (2021, arXiv 2111.09886).
-Survey family: generative, masked image modelling. Nothing can collapse: the target is the image.
+Survey family: generative, masked image modelling. What prevents collapse: the target is the image.
 
-Each image loses other patches. The encoder, a ViT, sees only those that are left, so that a large
-one is cheap. A light decoder gets its tokens, each in its place, and the same mask token in all
-empty places, and predicts the removed pixels. So little is left that continuing it does not get
-far: the encoder learns what is in the picture.
+The encoder, a ViT, sees a quarter of an image's patches, other ones in each image, and nothing of
+the rest, so that a large one is cheap. A light decoder gets its tokens, each in its place, and the
+same mask token in all empty places, and predicts the removed pixels: with so little left, from what
+is in the picture and not by continuing lines. Kept is the ViT, for which the class token speaks.
 
-                  ┌─ a quarter ─ encoder ─ tokens ─┐
-        patches ──┤                 └─ what is kept├─ decoder ─ prediction ─┐
-                  │     mask token in empty places ┘                        ├─ squared error
-                  └─ the removed ones, each normalised ─────────────────────┘
+                  ┌─ a quarter ── encoder ── tokens ─┐
+        patches ──┤                                  ├─ decoder ─ prediction ─┐
+                  │       mask token in empty places ┘                        ├─ squared error
+                  └─ the removed ones, normalised each ───────────────────────┘
 
 Run      python mae.py                          demonstration: built-in images, CPU, a minute
          python mae.py --data path              a folder of images, or cifar10
          torchrun --nproc-per-node=8 mae.py --data path
 Reuse    from mae import MAE, ViT, mae_loss             (needs torch only)
 
-Departures from the paper: crops of small images are bilinear (official: bicubic everywhere). The
-official checkpoints load: ViT has their keys, and MAE, too, with "backbone." before the encoder's.
-SimMIM here removes single patches (paper: squares of 32 pixels) and has this ViT with its fixed
-positions (paper: relative ones).
+The official checkpoints load: into ViT, and with "backbone." before the encoder's keys into MAE.
+Departures from the paper: crops of small images are bilinear (official: bicubic everywhere). SimMIM
+removes single patches (paper: squares of 32 pixels), in this ViT (paper: relative positions).
 """
 
 import argparse
@@ -103,21 +102,21 @@ class Block(nn.Module):
 
 
 def positions(dim, grid):
-    """Fixed sine-cosine code of the places in a grid, row by row: -> (1, 1 + grid², dim), of which
-    the first, the class token's, is zero.
+    """Sines and cosines of the places of grid² patches, row by row, after zeros for the class
+    token: (1, 1 + grid², dim).
 
-    A quarter of the dimensions each for sin ωx, cos ωx, sin ωy, cos ωy, with frequencies ω from 1
-    down to nearly 1 / 10000. x, the column, comes first, as in the official code.
+    A quarter of the dimensions each: sin xω, cos xω, sin yω, cos yω, with ω from 1 down to almost
+    1 / 10000. x, the column, is first, as in the official code.
     """
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega
     code = torch.cat([angle.sin(), angle.cos()], 1)
-    code = torch.cat([code.repeat(grid, 1), code.repeat_interleave(grid, 0)], 1)
-    return F.pad(code, (0, 0, 1, 0))[None].float()
+    places = torch.cat([code.repeat(grid, 1), code.repeat_interleave(grid, 0)], 1)
+    return F.pad(places, (0, 0, 1, 0))[None].float()
 
 
 def init_weights(module):
-    """Matrices Xavier-uniform and biases zero, as in the official code; for `Module.apply`."""
+    """For `Module.apply`: matrices Xavier-uniform, biases 0, as in the official code."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -156,11 +155,9 @@ class ViT(nn.Module):
 
 
 def random_masking(tokens, mask_ratio, noise=None):
-    """Remove a part of each image's tokens, other ones in each image: (B, N, C) -> kept (B, n, C);
-    mask (B, N), 1 = removed; restore (B, N), the place of each token in [kept, removed].
-
-    noise (B, N): the n smallest of an image are kept, smallest first.
-    """
+    """Remove a part of the tokens, other ones in each image: (B, N, C) -> kept (B, n, C); mask
+    (B, N), 1 = removed; restore (B, N), the place of each token in [kept, removed]. Of the noise
+    (B, N), an image's n smallest are kept."""
     B, N, _ = tokens.shape
     noise = torch.rand(B, N, device=tokens.device) if noise is None else noise
     order = noise.argsort(1)
@@ -272,13 +269,12 @@ def reconstruct(prediction, images, mask, patch_size, norm_pix=True):
     """-> the images with their removed patches 0, which is the mean gray, and with these as they
     are predicted: (B, 3, S, S) each. With norm_pix, mean and deviation, which the network is not
     asked for, are those of the true patches: a blurred image comes for free."""
-    removed, patches = mask[:, :, None], patchify(images, patch_size)
+    patches, removed = patchify(images, patch_size), mask[:, :, None]
     if norm_pix:
         mean, deviation = patch_statistics(patches)
         prediction = prediction * deviation + mean
     visible = patches * (1 - removed)
-    return (unpatchify(visible, patch_size),
-            unpatchify(visible + prediction * removed, patch_size))
+    return [unpatchify(x, patch_size) for x in (visible, visible + prediction * removed)]
 
 
 # --------------------------------------------------------------------------------- augmentation
@@ -336,8 +332,8 @@ def train(args):
     run = Run("mae", args)
     backbone = run.init(ViT(args.image_size, args.patch_size, *VITS[args.arch]))
     if args.objective == "mae":
-        model = MAE(backbone, args.mask_ratio, args.decoder_dim, args.decoder_depth,
-                    args.decoder_dim // 32)
+        decoder = args.decoder_dim, args.decoder_depth, args.decoder_dim // 32
+        model = MAE(backbone, args.mask_ratio, *decoder)
         loss_function = partial(mae_loss, patch_size=args.patch_size, norm_pix=args.norm_pix)
     else:
         model = SimMIM(backbone, args.mask_ratio)
@@ -361,15 +357,15 @@ def train(args):
         loss.backward()
         optimizer.step()
         if run.prints(step):
-            gray = torch.zeros_like(prediction)  # its loss: the variance of normalised targets
-            run.log(step, loss, lr, variance=loss_function(gray, view, mask))
+            zero = torch.zeros_like(prediction)  # its loss: the variance of normalised targets
+            run.log(step, loss, lr, variance=loss_function(zero, view, mask))
     save_reconstruction(run, model, args.objective == "mae" and args.norm_pix)
     run.finish()
 
 
+# dim, depth, num_heads; micro is ours, for a CPU
 VITS = {"vit_micro": (128, 4, 2), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6),
-        "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16),
-        "vit_huge": (1280, 32, 16)}  # dim, depth, num_heads; micro is ours, for a CPU
+        "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (1280, 32, 16)}
 
 # Sources: TODO
 RECIPES = {
@@ -396,8 +392,8 @@ def parse_args(argv=None):
     parser = ArgumentParser(__doc__, RECIPES, str, f"; for this script only {', '.join(VITS)}")
     add = parser.add_argument
     add("--patch-size", type=number(int, 1), help="side of a patch in pixels (huge: 14)")
-    add("--objective", choices=("mae", "simmim"), default="mae", help="simmim: mask tokens in the "
-        "encoder, a linear decoder, absolute error of pixels as they are")
+    add("--objective", choices=("mae", "simmim"), default="mae",
+        help="simmim: mask tokens in the encoder, a linear decoder, absolute error of plain pixels")
     add("--mask-ratio", type=number(float, 0, 1), help="fraction of patches removed (SimMIM: 0.6)")
     add("--norm-pix", action=argparse.BooleanOptionalAction,
         help="normalise the pixels to be predicted, in each patch")
@@ -409,8 +405,7 @@ def parse_args(argv=None):
     if args.arch not in VITS:
         parser.error(f"--arch {args.arch} is none of {', '.join(VITS)}")
     if args.image_size % args.patch_size:
-        parser.error(f"--image-size {args.image_size} is no multiple of --patch-size "
-                     f"{args.patch_size}")
+        parser.error(f"--image-size is {args.image_size}, no multiple of {args.patch_size} pixels")
     patches = (args.image_size // args.patch_size) ** 2
     if not 0 < round(patches * (1 - args.mask_ratio)) < patches:
         parser.error(f"--mask-ratio {args.mask_ratio} removes none or all of {patches} patches")

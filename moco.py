@@ -27,9 +27,9 @@ Shuffled BN: a key that was normalised together with its query's neighbours woul
 the statistics. Keys are shuffled between the BN groups (the paper: between GPUs).
 @@MEASURED@@
 
-Departures from the papers: the cosine falls per step (v2: per epoch). BN groups are a number of
-parts of the total batch, whatever the number of GPUs, and their running statistics are averaged
-(official code: those of the first GPU). A batch need not divide the queue.
+Departures from the papers: the rate falls on a cosine per step (v1: to a tenth at epochs 120 and
+160 of 200; v2: per epoch). BN groups are parts of the total batch, whatever the number of GPUs, and
+their running statistics are averaged (official: the first GPU's). Any batch fits the queue.
 """
 
 import argparse
@@ -47,28 +47,28 @@ from torch import nn
 class MoCo(nn.Module):
     """Online network, its moving average, and the queue of keys.
 
-    backbone: (B, 3, H, W) -> (B, feature_dim). version: 1, 2 or 3; the projector of v1 has one
-    layer, of v2 two, of v3 `proj_layers` of width hidden_dim (2 for a ResNet, 3 for a ViT), like its
-    predictor of two, which ends in a BN if `predictor_norm` (only for a ViT). queue_size: of v1 and
-    v2, a few times smaller than the set. bn_groups: parts of each batch that the BN of v1 and v2
-    normalises by themselves; for these to hide anything, shuffle the rows of view2 (see `train`).
+    backbone: (B, 3, H, W) -> (B, feature_dim). The projector of v1 has one layer, of v2 two.
+    v1, v2: queue_size, a fraction of the set; bn_groups, the parts of a batch that BN normalises by
+    themselves, useful only if the rows of view2 are shuffled (see `train`). v3: hidden_dim, the
+    width of projector and predictor; vit, whether they are those of the ViT: then the projector
+    has a third layer, and the predictor ends in BN.
     """
 
     def __init__(self, backbone, feature_dim, version=2, proj_dim=128, queue_size=65536,
-                 bn_groups=8, hidden_dim=4096, proj_layers=2, predictor_norm=False):
+                 bn_groups=8, hidden_dim=4096, vit=False):
         super().__init__()
         self.version, self.predictor = version, nn.Identity()
         if version < 3:
             projector = make_mlp([feature_dim] * version + [proj_dim])
-            group_batch_norm(backbone, bn_groups)
+            for module in backbone.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.__class__, module.groups = GroupBatchNorm, bn_groups
             # Noise at first: the loss starts low, rises while keys replace it, then falls.
             self.register_buffer("queue", F.normalize(torch.randn(queue_size, proj_dim), dim=1))
             self.register_buffer("queue_ptr", torch.tensor(0))  # the row of the oldest key
         else:
-            hidden = [hidden_dim] * (proj_layers - 1)
-            projector = make_mlp([feature_dim, *hidden, proj_dim], batch_norm=True, last_norm=True)
-            self.predictor = make_mlp([proj_dim, hidden_dim, proj_dim], batch_norm=True,
-                                      last_norm=predictor_norm)
+            projector = make_mlp([feature_dim] + [hidden_dim] * (1 + vit) + [proj_dim], True, True)
+            self.predictor = make_mlp([proj_dim, hidden_dim, proj_dim], True, vit)
         self.online = nn.Sequential(backbone, projector)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
 
@@ -96,15 +96,15 @@ class MoCo(nn.Module):
 
 
 def make_mlp(widths, batch_norm=False, last_norm=False):
-    """Linear layers with ReLU between them. With batch_norm (v3) they have no bias, and a BN follows
-    each; the last one's, if there is to be one, has neither scale nor offset."""
-    layers, last = [], len(widths) - 2
-    for i in range(last + 1):
-        layers.append(nn.Linear(widths[i], widths[i + 1], bias=not batch_norm))
-        if batch_norm and (i < last or last_norm):
-            layers.append(nn.BatchNorm1d(widths[i + 1], affine=i < last))
-        if i < last:
-            layers.append(nn.ReLU(inplace=True))
+    """Linear layers with ReLU between them. batch_norm (v3): no biases, and a BN after each layer,
+    after the last one, without scale and offset, only if last_norm."""
+    layers = []
+    for i in range(1, len(widths)):
+        last = i == len(widths) - 1
+        layers.append(nn.Linear(widths[i - 1], widths[i], bias=not batch_norm))
+        if batch_norm and (last_norm or not last):
+            layers.append(nn.BatchNorm1d(widths[i], affine=not last))
+        layers += [] if last else [nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
@@ -124,12 +124,6 @@ class GroupBatchNorm(nn.BatchNorm2d):
         self.running_var.lerp_(var, self.momentum)
         self.num_batches_tracked.add_(1)
         return torch.cat(parts)
-
-
-def group_batch_norm(model, groups):
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.__class__, module.groups = GroupBatchNorm, groups
 
 
 @torch.no_grad()
@@ -155,28 +149,24 @@ def positions(dim, grid):
 
 
 VITS = {"vit_micro": (128, 4, 2), "vit_small": (384, 12, 12),
-        "vit_base": (768, 12, 12)}  # dim, depth, num_heads; the papers' small one has 12 heads here
+        "vit_base": (768, 12, 12)}  # dim, depth, num_heads: v3 gives the small one 12
 
 
 def make_vit(arch, image_size):
-    """The ViT of dino.py as in v3: fixed positions, a patch embedding that stays random (v3's remedy
-    for unstable training), and, from the authors' code, Xavier's bounds, those of q, k and v each."""
+    """The ViT of dino.py with fixed positions and a patch embedding that stays random, v3's remedy
+    for unstable training. From the authors' code: Xavier's bounds, for q, k and v each."""
     from dino import ViT
 
-    dim, depth, num_heads = VITS[arch]
     patch_size = 16 if image_size > 64 else 4
-    vit = ViT(image_size, patch_size, dim, depth, num_heads)
+    vit = ViT(image_size, patch_size, *VITS[arch])
     for name, module in vit.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
             outputs = len(module.weight) // (3 if name.endswith("qkv") else 1)
-            bound = math.sqrt(6 / (outputs + module.in_features))
+            bound = math.sqrt(6 / (module.weight[0].numel() + outputs))
             nn.init.uniform_(module.weight, -bound, bound)
             nn.init.zeros_(module.bias)
-    bound = math.sqrt(6 / (3 * patch_size**2 + dim))
-    nn.init.uniform_(vit.patch_embed.proj.weight, -bound, bound)
-    nn.init.zeros_(vit.patch_embed.proj.bias)
     nn.init.normal_(vit.cls_token, std=1e-6)
-    vit.pos_embed.data.copy_(positions(dim, image_size // patch_size))
+    vit.pos_embed.data = positions(vit.feature_dim, image_size // patch_size)
     vit.pos_embed.requires_grad_(False)
     vit.patch_embed.requires_grad_(False)
     return vit
@@ -224,24 +214,16 @@ def positive_accuracy(query, key, queue):
 
 
 def make_augment(version, image_size, crop_scale, blur, solarize):
-    """The papers' augmentations; v3 has one for each view, which differ in blur and solarisation."""
+    """The papers' augmentations. The views of v3 differ in blur and solarisation."""
     from common import (Augment, ColorJitter, GaussianBlur, Normalize, RandomGrayscale,
                         RandomHorizontalFlip, RandomResizedCrop, RandomSolarize)
 
     crop = RandomResizedCrop(image_size, scale=(crop_scale, 1.0))
-    flip = RandomHorizontalFlip(0.5)
+    colors = [ColorJitter(0.4, 0.4, 0.4 if version == 2 else 0.2, 0.1, p=0.8), RandomGrayscale(0.2),
+              GaussianBlur(blur, sigma=(0.1, 2.0)), RandomSolarize(solarize)]
     if version == 1:
-        return Augment([crop, RandomGrayscale(0.2), ColorJitter(0.4, 0.4, 0.4, 0.4, p=1.0), flip,
-                        Normalize()])
-    return Augment([
-        crop,
-        ColorJitter(0.4, 0.4, 0.4 if version == 2 else 0.2, 0.1, p=0.8),
-        RandomGrayscale(0.2),
-        GaussianBlur(blur, sigma=(0.1, 2.0)),
-        RandomSolarize(solarize),
-        flip,
-        Normalize(),
-    ])
+        colors = [RandomGrayscale(0.2), ColorJitter(0.4, 0.4, 0.4, 0.4, p=1.0)]
+    return Augment([crop, *colors, RandomHorizontalFlip(0.5), Normalize()])
 
 
 # ------------------------------------------------------------------------------------- training
@@ -289,13 +271,6 @@ def cosine(step, total_steps, warmup_steps, start, end=0.0):
     return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
 
 
-def step_decay(step, total_steps, warmup_steps, start):
-    """A tenth after 60 % of the steps, a hundredth after 80 %: v1's epochs 120 and 160 of 200."""
-    if step < warmup_steps:
-        return start * (step + 1) / warmup_steps
-    return start * 0.1 ** ((step >= 0.6 * total_steps) + (step >= 0.8 * total_steps))
-
-
 @torch.no_grad()
 def ema_update(target, online, ema_momentum):
     """target ← ema_momentum · target + (1 - ema_momentum) · online, parameters only: BN statistics
@@ -325,22 +300,23 @@ def train(args):
     backbone = run.init(make_vit(args.arch, args.image_size) if vit else
                         make_backbone(args.arch, args.image_size, zero_init_residual=v3))
     model = MoCo(backbone, backbone.feature_dim, args.version, args.proj_dim, args.queue_size,
-                 args.bn_groups // world_size(), args.hidden_dim, args.proj_layers, vit)
+                 args.bn_groups // world_size(), args.hidden_dim, vit)
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
-    augment1, augment2 = (make_augment(args.version, args.image_size, args.crop_scale, blur, solarize)
-                          for blur, solarize in ((args.blur1, 0.0), (args.blur2, args.solarize2)))
+    crop = args.version, args.image_size, args.crop_scale
+    augment1 = make_augment(*crop, args.blur1, 0.0)
+    augment2 = make_augment(*crop, args.blur2, args.solarize2)
     network = run.start(model, optimizer, backbone, sync_bn=v3)
     run.save_views(augment1, augment2)
-    schedule = {"cosine": cosine, "steps": step_decay}[args.schedule]
-    last_ema_momentum = 1.0 if v3 else args.ema_momentum
-    chance = (4 * args.temperature * math.log(args.batch_size) if v3 else
-              math.log(1 + args.queue_size))
+    chance = math.log(1 + args.queue_size)
+    if v3:
+        chance = 2 * 2 * args.temperature * math.log(args.batch_size)
 
     for step, images, aspect in run.steps():
-        lr = schedule(step, run.total_steps, run.warmup_steps, run.peak_lr)
+        lr = cosine(step, run.total_steps, run.warmup_steps, run.peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        ema_momentum = cosine(step, run.total_steps, 0, args.ema_momentum, last_ema_momentum)
+        ema_momentum = cosine(step, run.total_steps, 0, args.ema_momentum,
+                              1.0 if v3 else args.ema_momentum)
         view1, view2 = augment1(images, aspect), augment2(images, aspect)
         if not v3:  # shuffled BN: other neighbours for the keys; all processes draw one order
             order = torch.randperm(args.batch_size, device=run.device)
@@ -362,15 +338,15 @@ def train(args):
         optimizer.step()
         if not v3:
             model.enqueue(key)
-            if world_size() > 1:
-                average_statistics(model, all_sum, world_size())
+            average_statistics(model, all_sum, world_size())
         if run.prints(step):
             run.log(step, loss, lr, chance, accuracy=accuracy)
     run.finish()
 
 
-# v2. Sources: imagenet: the paper and facebookresearch/moco. cifar: that repository's CIFAR-10
-# notebook, with v2's projector. demo: the same as cifar where not measured to be better.
+# Sources: imagenet: the papers and facebookresearch/moco and moco-v3 (v3: 100 epochs, batch 4096
+# there). cifar: v1, v2: the CIFAR-10 notebook of the former; v3: heads, temperature and average of
+# solo-learn, SGD with its rate and decay of lightly's BYOL. demo: cifar, where not measured better.
 RECIPES = {
     "recipe":        ("demo",    "cifar",    "imagenet"),
     "arch":          ("resnet8", "resnet18", "resnet50"),
@@ -379,7 +355,6 @@ RECIPES = {
     "warmup_epochs": (0,         0,          0),
     "batch_size":    (128,       512,        256),
     "optimizer":     ("sgd",     "sgd",      "sgd"),
-    "schedule":      ("cosine",  "cosine",   "cosine"),
     "lr":            (0.12,      0.03,       0.03),
     "weight_decay":  (5e-4,      5e-4,       1e-4),
     "temperature":   (0.2,       0.1,        0.2),
@@ -387,22 +362,14 @@ RECIPES = {
     "queue_size":    (1024,      4096,       65536),
     "bn_groups":     (8,         8,          8),
     "hidden_dim":    (256,       4096,       4096),
-    "proj_layers":   (2,         2,          2),
     "proj_dim":      (64,        128,        128),
     "crop_scale":    (0.35,      0.08,       0.2),
     "blur1":         (0.0,       0.0,        0.5),
     "blur2":         (0.0,       0.0,        0.5),
     "solarize2":     (0.0,       0.0,        0.0),
 }
-# What is different in v1: paper and repository; cifar: the notebook.
-V1 = {
-    "schedule":      ("cosine",  "cosine",   "steps"),
-    "temperature":   (0.2,       0.1,        0.07),
-    "blur1":         (0.0,       0.0,        0.0),
-    "blur2":         (0.0,       0.0,        0.0),
-}
-# In v3: facebookresearch/moco-v3 for 100 epochs (batch there: 4096). cifar: heads, temperature and
-# average of solo-learn's, SGD and its rate and decay of lightly's BYOL for CIFAR-10.
+# What differs in v1, v3, and v3 with a ViT:
+V1 = {"temperature": (0.2,       0.1,        0.07)}
 V3 = {
     "epochs":        (5,         200,        100),
     "warmup_epochs": (0.5,       10,         10),
@@ -417,16 +384,13 @@ V3 = {
     "blur2":         (0.0,       0.0,        0.1),
     "solarize2":     (0.2,       0.2,        0.2),
 }
-# In v3 with a ViT: the same repository.
 VIT = {
-    "arch":          ("vit_micro", "vit_small", "vit_small"),
     "epochs":        (5,         300,        300),
     "warmup_epochs": (0.5,       40,         40),
     "optimizer":     ("adamw",   "adamw",    "adamw"),
     "lr":            (1e-3,      1.5e-4,     1.5e-4),
     "weight_decay":  (0.1,       0.1,        0.1),
     "temperature":   (0.2,       0.2,        0.2),
-    "proj_layers":   (3,         3,          3),
     "crop_scale":    (0.35,      0.08,       0.08),
 }
 
@@ -446,10 +410,8 @@ def parse_args(argv=None):
     recipes = RECIPES | {"1": V1, "3": V3 | VIT if vit else V3}.get(version, {})
     parser = ArgumentParser(__doc__, recipes, arch, f"; {', '.join(VITS)} (v3)")
     add = parser.add_argument
-    add("--version", type=int, choices=(1, 2, 3), default=3 if vit else 2,
-        help="of MoCo")
+    add("--version", type=int, choices=(1, 2, 3), default=3 if vit else 2, help="of MoCo")
     add("--optimizer", choices=("sgd", "lars", "adamw"), help="v1, v2: sgd; v3: lars, ViT: adamw")
-    add("--schedule", choices=("cosine", "steps"), help="of the learning rate; v1: steps")
     add("--temperature", type=number(float, 0, above=True),
         help="softmax temperature, τ (v1: 0.07, v2: 0.2, v3: 1, with a ViT 0.2)")
     add("--ema-momentum", type=number(float, 0, 1), help="weight of the old target in the average, "
@@ -458,13 +420,12 @@ def parse_args(argv=None):
     add("--bn-groups", type=number(int, 1), help="v1, v2: parts of the total batch, normalised by "
         "themselves; a multiple of the processes (papers: 8 GPUs)")
     add("--hidden-dim", type=number(int, 1), help="v3: width of projector and predictor")
-    add("--proj-layers", type=number(int, 1), help="v3: layers of the projector; with a ViT 3")
     add("--proj-dim", type=number(int, 1), help="length of query and key (v1, v2: 128, v3: 256)")
-    add("--crop-scale", type=number(float, 0, 1, above=True), help="area of the smallest crop, as a "
-        "fraction of the image (papers: 0.2, with a ViT 0.08)")
+    add("--crop-scale", type=number(float, 0, 1, above=True),
+        help="area of the smallest crop, as a fraction of the image (0.2, with a ViT 0.08)")
     add("--blur1", type=number(float, 0, 1), help="fraction of views 1 blurred (v2: 0.5, v3: 1)")
     add("--blur2", type=number(float, 0, 1), help="fraction of views 2 (v2: 0.5, v3: 0.1)")
-    add("--solarize2", type=number(float, 0, 1), help="v3: fraction of views 2 solarised")
+    add("--solarize2", type=number(float, 0, 1), help="v3: fraction of views 2 solarised (0.2)")
     args = parser.parse_args(argv)
     if args.version < 3 and args.bn_groups % int(os.environ.get("WORLD_SIZE", 1)):
         parser.error(f"--bn-groups {args.bn_groups} is not a multiple of the number of processes")

@@ -21,9 +21,12 @@ The report at the end shows the last layer, whose features know rotations best a
 than those of a middle layer: the paper reads the second of four blocks; with a ResNet-50 on
 ImageNet a linear probe of its third and fourth stage gives 54 and 46 % (mmselfsup).
 
-Departures from the paper: ResNets instead of NIN and AlexNet (one linear layer on their pooled
-features, where NIN has a fourth block); pixels are normalised with ImageNet's mean and std on
-CIFAR, too.
+The built-in images have a shortcut: light falls from above, and from its direction alone a network
+tells 97 % of the rotations after 100 steps, with features worse than those of random weights (kNN
+20 %, random 34 %). So half of the demonstration's views are negatives (--invert): kNN 50 %.
+
+Departures from the paper: ResNets instead of NIN and AlexNet, with one linear layer on the pooled
+features; pixels are normalised with ImageNet's mean and std on CIFAR, too.
 """
 
 import math
@@ -110,14 +113,16 @@ class RandomShift:
         return [(partial(shift, padding=self.padding), offsets)]
 
 
-def make_augment(image_size, crop):
-    """The authors' augmentations of CIFAR (crop "shift") and ImageNet ("resized"); images are
-    turned after it."""
-    from common import Augment, CentralCrop, Normalize, RandomHorizontalFlip, RandomResizedCrop
+def make_augment(image_size, crop, invert):
+    """The authors' augmentations of CIFAR (crop "shift") and ImageNet ("resized"), and then, where
+    the light gives the rotation away, negatives of some views. Views are turned after it."""
+    from common import (Augment, CentralCrop, Normalize, RandomHorizontalFlip, RandomResizedCrop,
+                        RandomSolarize)
 
     crops = {"shift": [CentralCrop(image_size), RandomShift(4)],
              "resized": [RandomResizedCrop(image_size, scale=(0.08, 1.0))]}
-    return Augment([*crops[crop], RandomHorizontalFlip(0.5), Normalize()])
+    return Augment([*crops[crop], RandomHorizontalFlip(0.5), RandomSolarize(invert, threshold=0.0),
+                    Normalize()])
 
 
 # ------------------------------------------------------------------------------------- training
@@ -144,7 +149,7 @@ def train(args):
     backbone = run.init(make_backbone(args.arch, args.image_size))
     model = RotNet(backbone, backbone.feature_dim)
     optimizer = make_optimizer(model, args.weight_decay)
-    augment = make_augment(args.image_size, args.crop)
+    augment = make_augment(args.image_size, args.crop, args.invert)
     network = run.start(model, optimizer, backbone)
     images, aspect = run.sample()
     rotated, _ = rotate_four(denormalize(augment(images, aspect)))
@@ -171,7 +176,7 @@ def train(args):
 # Sources: cifar: gidariss/FeatureLearningRotNet (rate 0.1 for 128 images; drops at epochs 60, 120
 # and 160). imagenet: mmselfsup's ResNet-50 (rate 0.2 for 128 images; drops at epochs 30 and 50).
 # The paper's AlexNet: 50 epochs of batch 192, rate 0.01, a tenth of it from epochs 15, 30 and 45
-# on, decay 5e-4, no warm-up. demo: the same as cifar where not measured to be better.
+# on, decay 5e-4, no warm-up. demo: measured.
 RECIPES = {
     "recipe":        ("demo",           "cifar",          "imagenet"),
     "arch":          ("resnet8",        "resnet18",       "resnet50"),
@@ -180,10 +185,11 @@ RECIPES = {
     "warmup_epochs": (0.2,              0,                5),
     "batch_size":    (64,               128,              128),  # images; four times as many views
     "lr":            (0.2,              0.2,              0.4),
-    "lr_drops":      ([0.3, 0.6, 0.8],  [0.3, 0.6, 0.8],  [3 / 7, 5 / 7]),
-    "lr_factor":     (0.2,              0.2,              0.1),
+    "lr_drops":      ([0.7],            [0.3, 0.6, 0.8],  [3 / 7, 5 / 7]),
+    "lr_factor":     (0.1,              0.2,              0.1),
     "weight_decay":  (5e-4,             5e-4,             1e-4),
-    "crop":          ("shift",          "shift",          "resized"),
+    "crop":          ("resized",        "shift",          "resized"),
+    "invert":        (0.5,              0.0,              0.0),
 }
 
 
@@ -197,6 +203,8 @@ def parse_args(argv=None):
     add("--lr-factor", type=number(float, 0, 1), help="by which it is then multiplied")
     add("--crop", choices=("shift", "resized"),
         help="shift: by up to 4 pixels (paper: CIFAR); resized: of random size (paper: ImageNet)")
+    add("--invert", type=number(float, 0, 1), help="fraction of views made negatives, against the "
+        "shortcut of light that falls from above (paper: 0)")
     return parser.parse_args(argv)
 
 

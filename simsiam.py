@@ -5,8 +5,9 @@ Survey family: self-distillation, without negatives and without a momentum encod
 collapse: the stop-gradient, and the predictor on the side that gets the gradient.
 
 Each image is augmented twice. One encoder, backbone and projector, maps both views to vectors, and
-a predictor has to turn the vector of one view into that of the other, which is held constant. It
-is BYOL whose target is the online network itself.
+a predictor has to turn the vector of one view into that of the other, which is held constant: BYOL
+whose target is the online network itself. Without stop-gradient or without predictor the output
+becomes constant, and `spread` shows it (tests/test_simsiam.py).
 
                ┌─ augment ─ view1 ─ backbone ─ features ─ projector ─ z1 ─ predictor ─ p1 ─┐
         image ─┤                       (shared)                                            ├─ -cos

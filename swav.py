@@ -138,7 +138,7 @@ def code_entropy(codes):
 def cluster_pictures(model, images, views, count=8):
     """Columns of images (B, 3, S, S): a row for each of the prototypes that most of the views score
     highest, with the images whose views (B, 3, H, W) score highest there, in falling order."""
-    scores = model.eval()([views])[1][0]
+    scores = model.eval()([views])[0][0] @ F.normalize(model.prototypes.weight, dim=1).T
     count = min(count, *scores.shape)
     popular = (scores == scores.amax(1, keepdim=True)).sum(0).topk(count).indices
     return images[scores[:, popular].topk(count, dim=0).indices]
@@ -275,10 +275,10 @@ RECIPES = {
     "warmup_epochs":       (0.5,       0,          0),
     "batch_size":          (64,        512,        256),
     "optimizer":           ("adam",    "adam",     "lars"),
-    "lr":                  (2e-3,      2e-3,       0.6),
+    "lr":                  (4e-3,      2e-3,       0.6),
     "weight_decay":        (1e-6,      1e-6,       1e-6),
     "temperature":         (0.1,       0.1,        0.1),
-    "epsilon":             (0.05,      0.05,       0.05),
+    "epsilon":             (0.02,      0.05,       0.05),
     "sinkhorn_iterations": (3,         3,          3),
     "num_prototypes":      (64,        512,        3000),
     "freeze_epochs":       (0,         1,          1),
@@ -320,7 +320,7 @@ def parse_args(argv=None):
     add("--jitter-strength", type=number(float, 0, 1.25), help="of the colour jitter (paper: 1)")
     add("--blur", type=number(float, 0, 1), help="fraction of views that are blurred")
     args = parser.parse_args(argv)
-    if args.small_crop_scale > args.crop_scale:
+    if args.small_crops and args.small_crop_scale > args.crop_scale:
         parser.error(f"--small-crop-scale {args.small_crop_scale} is above --crop-scale")
     return args
 

@@ -12,6 +12,11 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # two threads on two busy cores are slower than one
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "torture: long; run by `pytest -m torture`")
+    config.option.markexpr = config.option.markexpr or "not torture"
+
+
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     """data/cache and runs/ of a test lie in its own temporary folder."""

@@ -182,7 +182,7 @@ def test_drop_path_is_in_the_student_only():
 
 
 def test_last_layer_is_weight_normalised_with_g_fixed_at_1():
-    head = Head(12, 7, 6, 5)
+    head = Head(12, 7, 6, 5, bn=False)
     reference = nn.utils.parametrizations.weight_norm(nn.Linear(5, 7, bias=False))
     reference.parametrizations.weight.original0.data.fill_(1)
     reference.parametrizations.weight.original1.data.copy_(head.last_layer.weight)
@@ -195,10 +195,20 @@ def test_last_layer_is_weight_normalised_with_g_fixed_at_1():
     torch.testing.assert_close(head(x), expected)
 
 
+def test_head_has_three_layers_and_bn_on_demand():
+    hidden = [nn.Linear, nn.GELU]
+    for bn, kinds in (False, hidden), (True, [nn.Linear, nn.BatchNorm1d, nn.GELU]):
+        head = Head(12, 7, 6, 5, bn)
+        assert [type(m) for m in head.mlp] == 2 * kinds + [nn.Linear]
+        assert [tuple(m.weight.shape) for m in head.mlp if isinstance(m, nn.Linear)] == [
+            (6, 12), (6, 6), (5, 6)]
+        assert head(torch.randn(4, 12)).shape == (4, 7)
+
+
 @pytest.mark.parametrize("arch", ["vit", "resnet8"])
 def test_teacher_sees_global_views_only_and_the_student_all(arch):
     backbone = tiny_vit(32, 8) if arch == "vit" else common.make_backbone(arch, 32)
-    model = DINO(backbone, backbone.feature_dim, 7, 6, 5)
+    model = DINO(backbone, backbone.feature_dim, 7, 6, 5, head_bn=False)
     global_views = [torch.randn(4, 3, 32, 32) for _ in range(2)]
     local_views = [torch.randn(4, 3, 16, 16) for _ in range(3)]
     student, teacher = model(global_views, local_views)
@@ -385,7 +395,7 @@ def test_centering_and_sharpening_together_prevent_collapse():
     entropy, kl = toy_training(center_momentum=0.9, teacher_temperature=0.04)
     assert 0.2 < entropy < 0.8 and kl > 0.05
     entropy, kl = toy_training(center_momentum=1.0, teacher_temperature=0.04)  # center stays 0
-    assert entropy < 0.05 and kl < 0.02  # one class
+    assert entropy < 0.1 and kl < 0.02  # one class
     entropy, kl = toy_training(center_momentum=0.9, teacher_temperature=0.2)  # not sharp
     assert entropy > 0.99 and kl < 0.005  # uniform
 
@@ -398,7 +408,7 @@ def tiny_model():
     backbone = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(),
                              nn.AdaptiveAvgPool2d(2), tiny_vit(2, 1, dim=12))
     backbone[4].patch_embed.proj = nn.Conv2d(6, 12, 1)
-    return DINO(backbone, 12, out_dim=9, hidden_dim=8, bottleneck_dim=4).double()
+    return DINO(backbone, 12, out_dim=9, hidden_dim=8, bottleneck_dim=4, head_bn=True).double()
 
 
 def local_mean(x):
@@ -416,7 +426,7 @@ def two_steps(views, all_sum=common.all_sum, convert=common.sync_batch_norm, pre
     model = convert(tiny_model())
     if prepare:
         prepare(model)
-    optimizer = torch.optim.SGD(model.student.parameters(), lr=3.0, momentum=0.9)
+    optimizer = torch.optim.SGD(model.student.parameters(), lr=1.0, momentum=0.9)
     share = views[0].shape[2] // common.world_size()
     forward = model
     if common.world_size() > 1:
@@ -425,7 +435,7 @@ def two_steps(views, all_sum=common.all_sum, convert=common.sync_batch_norm, pre
     for step in range(2):
         mine = [list(v[step][:, common.rank() * share :][:, :share]) for v in views]
         student, teacher = forward(*mine)
-        loss = dino_loss(student, teacher, model.center, 0.1, 0.04)
+        loss = dino_loss(student, teacher, model.center, 0.5, 0.2)
         optimizer.zero_grad()
         loss.backward()
         dino.clip_gradients(model.student.parameters(), 0.01)

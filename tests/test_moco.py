@@ -101,20 +101,19 @@ def test_projectors_of_v1_and_v2(version, expected):
     assert isinstance(model.predictor, nn.Identity)
 
 
-@pytest.mark.parametrize("proj_layers, predictor_norm", [(2, False), (3, True)])
-def test_heads_of_v3(proj_layers, predictor_norm):
+@pytest.mark.parametrize("vit", [False, True])
+def test_heads_of_v3(vit):
     """ResNet and ViT: linear layers without bias, BN; the last BN without scale and offset."""
-    model = MoCo(nn.Flatten(), 12, 3, proj_dim=5, hidden_dim=7, proj_layers=proj_layers,
-                 predictor_norm=predictor_norm)
+    model = MoCo(nn.Flatten(), 12, 3, proj_dim=5, hidden_dim=7, vit=vit)
     hidden = [nn.Linear, nn.BatchNorm1d, nn.ReLU]
     projector, predictor = model.online[1], model.predictor
-    assert [type(m) for m in projector] == hidden * (proj_layers - 1) + hidden[:2]
-    assert [type(m) for m in predictor] == hidden + hidden[: 1 + predictor_norm]
+    assert [type(m) for m in projector] == hidden * (2 if vit else 1) + hidden[:2]
+    assert [type(m) for m in predictor] == hidden + hidden[: 1 + vit]
     for mlp in projector, predictor:
         assert all(m.bias is None for m in mlp if isinstance(m, nn.Linear))
         norms = [m for m in mlp if isinstance(m, nn.BatchNorm1d)]
         assert norms[0].affine and (mlp is predictor or not norms[-1].affine)
-    if predictor_norm:
+    if vit:
         assert not predictor[-1].affine
     assert not any("predictor" in name for name, _ in model.target.named_parameters())
     assert not dict(model.named_buffers()).keys() & {"queue", "queue_ptr"}
@@ -174,7 +173,7 @@ def test_bn_groups_equal_separate_batches():
     nn.init.normal_(plain.weight)
     nn.init.normal_(plain.bias)
     grouped = copy.deepcopy(plain)
-    moco.group_batch_norm(grouped, 3)
+    MoCo(grouped, 12, bn_groups=3, queue_size=4)
     x = (3 + torch.randn(12, 4, 5, 5, dtype=torch.float64)).requires_grad_()
     copies = [copy.deepcopy(plain) for _ in range(3)]
     expected = torch.cat([bn(part) for bn, part in zip(copies, x.chunk(3))])
@@ -313,12 +312,6 @@ def test_optimizers_decay_what_the_official_ones_do():
     assert others["weight_decay"] == 0 and not others["adapt"]
     assert all(p.ndim > 1 for p in weights["params"]) and all(p.ndim == 1 for p in others["params"])
     assert len(weights["params"]) + len(others["params"]) == len(trained)
-
-
-def test_step_decay_falls_at_epochs_120_and_160_of_200():
-    values = [moco.step_decay(epoch, 200, 0, 0.03) for epoch in (0, 119, 120, 159, 160, 199)]
-    assert values == pytest.approx([0.03, 0.03, 0.003, 0.003, 3e-4, 3e-4])
-    assert moco.step_decay(0, 200, 10, 0.03) == pytest.approx(0.003)
 
 
 def test_augmentations_are_those_of_the_papers():

@@ -118,7 +118,7 @@ def test_shifts_are_uniform_and_each_image_has_its_own():
 def test_augmentation_of_small_images_moves_pixels_and_computes_none():
     torch.manual_seed(0)
     images = torch.randint(1, 256, (16, 3, 32, 32), dtype=torch.uint8)
-    views = common.denormalize(rotation.make_augment(32, "shift")(images)) * 255
+    views = common.denormalize(rotation.make_augment(32, "shift", 0.0)(images)) * 255
     mirrored = black = 0
     for image, view in zip(images, views):
         assert (view - view.round()).abs().max() < 1e-3
@@ -132,9 +132,18 @@ def test_augmentation_of_small_images_moves_pixels_and_computes_none():
 
 
 def test_augmentation_of_large_images_is_a_resized_crop():
-    augment = rotation.make_augment(72, "resized")
+    augment = rotation.make_augment(72, "resized", 0.0)
     assert augment.operations[0] == common.RandomResizedCrop(72, scale=(0.08, 1.0))
     assert augment(torch.zeros(2, 3, 80, 80, dtype=torch.uint8)).shape == (2, 3, 72, 72)
+
+
+def test_half_of_the_demonstration_are_negatives():
+    images = torch.full((400, 3, 32, 32), 255, dtype=torch.uint8)
+    for invert, low, high in ((0.0, 0, 0), (0.5, 0.4, 0.6), (1.0, 1, 1)):
+        views = common.denormalize(rotation.make_augment(32, "resized", invert)(images))
+        assert low <= (views.amax((1, 2, 3)) < 1e-3).float().mean() <= high
+        assert low <= 1 - (views.amin((1, 2, 3)) > 0.999).float().mean() <= high
+    assert rotation.parse_args(["--recipe", "cifar"]).invert == 0
 
 
 # ---- schedule and optimizer

@@ -33,8 +33,11 @@ import linear_probe
 
 pytestmark = [pytest.mark.filterwarnings("error::FutureWarning"),
               pytest.mark.filterwarnings("error::DeprecationWarning")]
-METHODS = ["simclr"]
-every_method = pytest.mark.parametrize("method", METHODS)
+METHODS = "simclr moco byol simsiam swav barlow dino mae rotation jigsaw".split()
+all_methods = pytest.mark.parametrize("method", METHODS)
+# What common.py does for any method is tested with the first one, and in the torture with all.
+every_method = pytest.mark.parametrize("method", METHODS[:1] + [
+    pytest.param(method, marks=pytest.mark.torture) for method in METHODS[1:]])
 
 # 24 training images: three steps per epoch, log lines at steps 2, 3, 4 and 6 at least
 TINY = "--data images --recipe demo -b 8 --epochs 2 --image-size 32 --workers 0 -p 2".split()
@@ -180,7 +183,7 @@ def assert_one_line(result, status, *words):
 # ---- what a run leaves
 
 
-@every_method
+@all_methods
 def test_files_of_a_run(whole_run, class_folders, method):
     status, output, error = whole_run(method, *TINY, "--eval-every", "1")
     assert (status, error) == (0, "")
@@ -199,7 +202,8 @@ def test_files_of_a_run(whole_run, class_folders, method):
     assert not any(key.startswith(("fc.", "module.", "backbone.")) for key in backbone)
     copies = [k for k in saved["model"] if k.endswith("conv1.weight") or "patch_embed" in k]
     assert copies and backbone
-    common.make_backbone(saved["args"]["arch"], 32).load_state_dict(backbone)
+    if saved["args"]["arch"].startswith("resnet"):
+        common.make_backbone(saved["args"]["arch"], 32).load_state_dict(backbone)
     for key, tensor in backbone.items():
         assert any(same(tensor, v) for k, v in saved["model"].items() if k.endswith(key)), key
 
@@ -312,10 +316,13 @@ def test_a_copied_file_works_alone(tmp_path):
 # ---- stopped and continued
 
 
-@every_method
-@pytest.mark.parametrize("number, status, step", [
-    (signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 3),
-    (signal.SIGINT, 130, 4), (signal.SIGTERM, 143, 6)])
+STOPS = [(signal.SIGINT, 130, 4), (signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 2),
+         (signal.SIGTERM, 143, 3), (signal.SIGTERM, 143, 6)]
+
+
+@pytest.mark.parametrize("method, number, status, step", [
+    pytest.param(method, *stop, marks=pytest.mark.torture if i * j else ())
+    for i, method in enumerate(METHODS) for j, stop in enumerate(STOPS)])
 def test_stopped_and_continued_equals_undisturbed(run, undisturbed, monkeypatch, method, number,
                                                   status, step):
     expected, out = undisturbed(method), Path("run")
@@ -638,24 +645,23 @@ def test_out_of_memory(run, class_folders, monkeypatch, method):
     assert_one_line(run(method, *TINY), 1, "memory", "--batch-size")
 
 
-@every_method
-def test_killed_loader_process(class_folders, method):
+def test_killed_loader_process(class_folders):
     """It may be noticed anywhere in a step."""
-    assert in_process(_lose_loader_processes, method) == 1
-    error = Path("stderr.txt").read_text()
-    assert_one_line((1, "", error), 1, "memory", "--workers")
+    code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; import test_run; "
+    done = subprocess.run([sys.executable, "-c", code + "test_run.lose_loader_processes()"],
+                          capture_output=True, text=True, timeout=300)
+    assert_one_line((done.returncode, done.stdout, done.stderr), 1, "memory", "--workers")
 
 
-def _lose_loader_processes(method):
+def lose_loader_processes():
     def kill(run):
         for child in multiprocessing.active_children():
             os.kill(child.pid, signal.SIGKILL)
         time.sleep(0.2)
 
-    sys.stderr = open("stderr.txt", "w", buffering=1)
     common.free_memory = lambda device: 0
     common.Run.steps = hook(4, before=kill)
-    module = importlib.import_module(method)
+    module = importlib.import_module(METHODS[0])
     common.main(module.train, module.parse_args, [*TINY, "--epochs", "40", "--workers", "2"])
 
 
@@ -910,16 +916,16 @@ def assert_equal_but_for_rounding(several, one, start):
     0, makes 0.2 % in three steps. Unsynchronised BN or half a gradient make tens of percent."""
     assert several["files"] == one["files"] and several["step"] == one["step"]
     for part, key in itertools.product(("backbone", "model"), ("running_", "weight")):
-        a, b, c = (torch.cat([v.flatten() for k, v in run[part].items() if key in k])
+        a, b, c = (torch.cat([torch.zeros(1), *(v.flatten() for k, v in run[part].items() if key in k)])
                    for run in (several, one, start))
-        assert (a - b).norm() < 0.01 * (b - c).norm(), (part, key)
+        assert (a - b).norm() <= 0.01 * (b - c).norm(), (part, key)  # a ViT has no running_
     lines = [[line for line in run["log"] if "loss" in line] for run in (one, several)]
     assert lines[0]
     for a, b in zip(*lines, strict=True):
         assert b == pytest.approx(a, rel=1e-4, abs=1e-4)
 
 
-@every_method
+@all_methods
 def test_processes_equal_one_and_only_the_first_writes(undisturbed, tmp_path, method):
     one, start = undisturbed(method, *SHORT), undisturbed(method, "--epochs", "0")
     status, files = zip(*run_processes(2, _train_in_own_folder, method, str(tmp_path), None))
