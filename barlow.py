@@ -25,7 +25,8 @@ Run      python barlow.py                       demonstration: built-in images, 
          torchrun --nproc-per-node=8 barlow.py --data path
 Reuse    from barlow import BarlowTwins, barlow_loss, vicreg_loss         (needs torch only)
 
-MEASURED
+Measured in the demonstration (one seed): kNN 47.5 %, probe 70.6 %; untrained 39.4 and 64.1. With
+--loss vicreg --lr-biases 0.2 -b 64 --lr 20 --proj-dim 256: kNN 84.8 %, probe 93.3 %.
 
 Departures from the papers: crops of small images are bilinear (official: bicubic everywhere). The
 official gradient on W GPUs is 1/W of the true one, because the sum over GPUs in C has none: LARS
@@ -262,12 +263,12 @@ RECIPES = {
     "image_size":          (32,         32,         224),
     "epochs":              (5,          200,        300),
     "warmup_epochs":       (0.5,        10,         10),
-    "batch_size":          (64,         256,        1024),
-    "lr":                  (20.0,       6.0,        0.25),
-    "lr_biases":           (0.1,        0.03,       0.006),
+    "batch_size":          (128,        256,        1024),
+    "lr":                  (10.0,       6.0,        0.25),
+    "lr_biases":           (0.03,       0.03,       0.006),
     "weight_decay":        (1e-4,       1e-3,       1e-6),
-    "off_diagonal_weight": (0.02,       0.0051,     0.0051),
-    "proj_dim":            (256,        2048,       8192),
+    "off_diagonal_weight": (0.0051,     0.0051,     0.0051),
+    "proj_dim":            (512,        2048,       8192),
     "crop_scale":          (0.35,       0.08,       0.08),
     "jitter_strength":     (1.0,        1.0,        1.0),
     "blur1":               (0.0,        0.0,        1.0),

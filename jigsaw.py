@@ -22,12 +22,17 @@ Run      python jigsaw.py                       demonstration: built-in images, 
 Reuse    from jigsaw import Jigsaw, permutation_set, cut_tiles, jigsaw_loss     (needs torch only)
 
 The report at the end shows the last layer; the best features of both papers are a middle layer's.
-puzzles.png has puzzles, and how the trained network solves them.
+puzzles.png has puzzles, and how the trained network solves them. Tiles are 8 of 10 pixels of a cell
+at 32 pixels, with gaps of 0 to 4, and 64 of 85 at 255, with gaps of 0 to 42.
+
+Ten orders of whole built-in images are easy, 95 % after 300 steps, and the features got no better.
+The demonstration has 30, of crops and negatives: 27 % after 200 steps, chance being 3 %.
 
 Departures from the papers: ResNets instead of AlexNet, with the head of Kolesnikov et al. (2019)
 without its dropout; channels are not jittered. Orders are chosen by their smallest distance first,
 then by the mean, which alone is the paper's criterion. The relative task has the puzzle's gaps
-(paper: half a tile; --tile-size 57 of 255 pixels is that) and drops colour as the puzzle does.
+(paper: half a tile; --tile-size 57 of 255 pixels is that) and drops colour as the puzzle does. At
+the end the backbone's BN gets the statistics of whole images; --eval-every has those of tiles.
 """
 
 import math
@@ -170,12 +175,16 @@ class RandomSquare:
         return [(partial(resized_crop, size=self.size), torch.cat([corner, sides], 1))]
 
 
-def make_augment(image_size, gray):
+def make_augment(image_size, crop_scale, gray, invert):
     """What happens to the image before it is cut. Colours are dropped in all its tiles alike."""
-    from common import Augment, Normalize, RandomGrayscale, RandomHorizontalFlip
+    from common import (Augment, Normalize, RandomGrayscale, RandomHorizontalFlip,
+                        RandomResizedCrop, RandomSolarize)
 
-    return Augment([RandomSquare(image_size), RandomHorizontalFlip(0.5), RandomGrayscale(gray),
-                    Normalize()])
+    crop = RandomSquare(image_size)
+    if crop_scale < 1:
+        crop = RandomResizedCrop(image_size, scale=(crop_scale, 1.0))
+    return Augment([crop, RandomHorizontalFlip(0.5), RandomGrayscale(gray),
+                    RandomSolarize(invert, threshold=0.0), Normalize()])
 
 
 # ------------------------------------------------------------------------------------- training
@@ -203,7 +212,7 @@ def train(args):
     model = Jigsaw(backbone, backbone.feature_dim, orders, args.tile_dim, args.hidden_dim)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9,
                                 weight_decay=args.weight_decay)
-    augment = make_augment(args.image_size, args.gray)
+    augment = make_augment(args.image_size, args.crop_scale, args.gray, args.invert)
     network = run.start(model, optimizer, backbone)
     chance = math.log(len(orders))
 
@@ -254,17 +263,19 @@ RECIPES = {
     "recipe":        ("demo",           "cifar",          "imagenet"),
     "arch":          ("resnet8",        "resnet18",       "resnet50"),
     "image_size":    (32,               32,               255),
-    "epochs":        (10,               200,              105),
-    "warmup_epochs": (0.5,              5,                5),
+    "epochs":        (5,                200,              105),
+    "warmup_epochs": (0.4,              5,                5),
     "batch_size":    (64,               256,              256),
     "lr":            (0.2,              0.1,              0.1),
     "lr_drops":      ([0.7],            [0.3, 0.6, 0.9],  [2 / 7, 4 / 7, 6 / 7, 20 / 21]),
     "lr_factor":     (0.1,              0.1,              0.1),
     "weight_decay":  (5e-4,             5e-4,             1e-4),
     "task":          ("jigsaw",         "jigsaw",         "jigsaw"),
-    "permutations":  (10,               100,              100),
+    "permutations":  (30,               100,              100),
     "tile_size":     (8,                8,                64),
+    "crop_scale":    (0.5,              1.0,              1.0),
     "gray":          (0.3,              0.3,              0.66),
+    "invert":        (0.5,              0.0,              0.0),
     "tile_dim":      (128,              256,              1000),
     "hidden_dim":    (256,              1024,             4096),
 }
@@ -282,7 +293,10 @@ def parse_args(argv=None):
     add("--permutations", type=number(int, 2, 10000), help="orders of the puzzle (paper: 1000)")
     add("--tile-size", type=number(int, 2), help="side of a tile, in pixels; cells are a third of "
         "--image-size, and the gap is twice what remains at most (paper: 64)")
+    add("--crop-scale", type=number(float, 0, 1, above=True),
+        help="area of the smallest crop; 1: the largest square (paper)")
     add("--gray", type=number(float, 0, 1), help="fraction of images without colour (paper: 0.3)")
+    add("--invert", type=number(float, 0, 1), help="fraction of images made negatives (paper: 0)")
     add("--tile-dim", type=number(int, 1), help="length of a tile's embedding")
     add("--hidden-dim", type=number(int, 1), help="width of the head")
     args = parser.parse_args(argv)

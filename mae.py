@@ -22,6 +22,8 @@ Reuse    from mae import MAE, ViT, mae_loss             (needs torch only)
 The official checkpoints load: into ViT, and with "backbone." before the encoder's keys into MAE.
 Departures from the paper: crops of small images are bilinear (official: bicubic everywhere). SimMIM
 removes single patches (paper: squares of 32 pixels), in this ViT (paper: relative positions).
+Measured in a loop of the demo's steps: loss 0.68 (variance 0.98), kNN 19.6 %, probe 70.6; random
+weights 16.8 and 72.1. So short a training learns to draw, but not yet better features.
 """
 
 import argparse
@@ -158,11 +160,10 @@ def random_masking(tokens, mask_ratio, noise=None):
     """Remove a part of the tokens, other ones in each image: (B, N, C) -> kept (B, n, C); mask
     (B, N), 1 = removed; restore (B, N), the place of each token in [kept, removed]. Of the noise
     (B, N), an image's n smallest are kept."""
-    B, N, _ = tokens.shape
-    noise = torch.rand(B, N, device=tokens.device) if noise is None else noise
+    noise = torch.rand(tokens.shape[:2], device=tokens.device) if noise is None else noise
     order = noise.argsort(1)
     restore = order.argsort(1)
-    keep = order[:, : round(N * (1 - mask_ratio))]
+    keep = order[:, : round(noise.shape[1] * (1 - mask_ratio))]
     mask = (restore >= keep.shape[1]).to(noise.dtype)
     return tokens.take_along_dim(keep[:, :, None], 1), mask, restore
 
@@ -230,10 +231,9 @@ def patchify(images, patch_size):
 
 def unpatchify(patches, patch_size):
     """The inverse, for square images: (B, N, p·p·3) -> (B, 3, S, S)."""
-    B, N, _ = patches.shape
-    p, grid = patch_size, math.isqrt(N)
-    images = patches.reshape(B, grid, grid, p, p, 3).permute(0, 5, 1, 3, 2, 4)
-    return images.reshape(B, 3, grid * p, grid * p)
+    p, grid = patch_size, math.isqrt(patches.shape[1])
+    images = patches.reshape(-1, grid, grid, p, p, 3).permute(0, 5, 1, 3, 2, 4)
+    return images.reshape(-1, 3, grid * p, grid * p)
 
 
 def patch_statistics(patches):
@@ -326,7 +326,7 @@ def save_reconstruction(run, model, norm_pix):
 
 
 def train(args):
-    """The paper's training, one view of each image per step."""
+    """One view per image and step. Health: the loss is below `variance`, that of predicting 0."""
     from common import Run, uniform
 
     run = Run("mae", args)
@@ -357,8 +357,7 @@ def train(args):
         loss.backward()
         optimizer.step()
         if run.prints(step):
-            zero = torch.zeros_like(prediction)  # its loss: the variance of normalised targets
-            run.log(step, loss, lr, variance=loss_function(zero, view, mask))
+            run.log(step, loss, lr, variance=loss_function(0 * prediction, view, mask))
     save_reconstruction(run, model, args.objective == "mae" and args.norm_pix)
     run.finish()
 
@@ -367,22 +366,24 @@ def train(args):
 VITS = {"vit_micro": (128, 4, 2), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6),
         "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (1280, 32, 16)}
 
-# Sources: TODO
+# Sources: imagenet: the paper and facebookresearch/mae (batch there: 4096). cifar: networks as
+# IcarusWizard/MAE (patch there: 2); its epochs, batch and rate are ours and were not measured.
+# demo: ours; the only settings that were run to the end.
 RECIPES = {
-    "recipe":          ("demo",     "cifar",    "imagenet"),
-    "arch":            ("vit_micro","vit_tiny", "vit_base"),
-    "patch_size":      (4,          4,          16),
-    "image_size":      (32,         32,         224),
-    "epochs":          (10,         400,        800),
-    "warmup_epochs":   (1,          20,         40),
-    "batch_size":      (64,         512,        1024),
-    "lr":              (1e-3,       3e-4,       1.5e-4),
-    "weight_decay":    (0.05,       0.05,       0.05),
-    "mask_ratio":      (0.75,       0.75,       0.75),
-    "norm_pix":        (True,       True,       True),
-    "decoder_dim":     (64,         192,        512),
-    "decoder_depth":   (1,          4,          8),
-    "crop_scale":      (0.35,       0.2,        0.2),
+    "recipe":          ("demo",      "cifar",    "imagenet"),
+    "arch":            ("vit_micro", "vit_tiny", "vit_base"),
+    "patch_size":      (4,           4,          16),
+    "image_size":      (32,          32,         224),
+    "epochs":          (8,           800,        800),
+    "warmup_epochs":   (1,           40,         40),
+    "batch_size":      (64,          512,        1024),
+    "lr":              (6e-3,        3e-4,       1.5e-4),
+    "weight_decay":    (0.05,        0.05,       0.05),
+    "mask_ratio":      (0.75,        0.75,       0.75),
+    "norm_pix":        (True,        True,       True),
+    "decoder_dim":     (64,          192,        512),
+    "decoder_depth":   (1,           4,          8),
+    "crop_scale":      (0.35,        0.2,        0.2),
 }
 
 
@@ -404,13 +405,11 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.arch not in VITS:
         parser.error(f"--arch {args.arch} is none of {', '.join(VITS)}")
-    if args.image_size % args.patch_size:
-        parser.error(f"--image-size is {args.image_size}, no multiple of {args.patch_size} pixels")
+    if args.image_size % args.patch_size or args.decoder_dim % 32:
+        parser.error(f"--image-size must be a multiple of {args.patch_size}, --decoder-dim of 32")
     patches = (args.image_size // args.patch_size) ** 2
     if not 0 < round(patches * (1 - args.mask_ratio)) < patches:
         parser.error(f"--mask-ratio {args.mask_ratio} removes none or all of {patches} patches")
-    if args.decoder_dim % 32:
-        parser.error(f"--decoder-dim {args.decoder_dim} is no multiple of 32")
     return args
 
 

@@ -25,7 +25,9 @@ Reuse    from moco import MoCo, moco_loss, moco_v3_loss         (needs torch onl
 
 Shuffled BN: a key that was normalised together with its query's neighbours would betray itself by
 the statistics. Keys are shuffled between the BN groups (the paper: between GPUs).
-@@MEASURED@@
+Official CIFAR-10 notebook: worth about 4 points of kNN after 800 epochs; not measured here.
+Demonstration: kNN 28.3 %, probe 42.0 % (random initialisation: 33.7, 42.1; pixels: 20.3, 20.2):
+five epochs of these settings learn nothing that the evaluation sees.
 
 Departures from the papers: the rate falls on a cosine per step (v1: to a tenth at epochs 120 and
 160 of 200; v2: per epoch). BN groups are parts of the total batch, whatever the number of GPUs, and
@@ -346,7 +348,7 @@ def train(args):
 
 # Sources: imagenet: the papers and facebookresearch/moco and moco-v3 (v3: 100 epochs, batch 4096
 # there). cifar: v1, v2: the CIFAR-10 notebook of the former; v3: heads, temperature and average of
-# solo-learn, SGD with its rate and decay of lightly's BYOL. demo: cifar, where not measured better.
+# solo-learn, SGD with its rate and decay of lightly's BYOL. demo: not tuned yet.
 RECIPES = {
     "recipe":        ("demo",    "cifar",    "imagenet"),
     "arch":          ("resnet8", "resnet18", "resnet50"),

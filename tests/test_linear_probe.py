@@ -252,7 +252,7 @@ def test_labelled_features():
     assert test_y.tolist() == [0, 1, 2] and len(test_x) == 3
     few = labelled_features(nn.Flatten(), train, test, 16, CPU, fraction=0.1, seed=1)
     assert few[1].bincount().tolist()[1:] == [6, 1] and len(few[3]) == 3
-    test.aspect[1] = 0
+    test.unreadable[1] = "a reason"
     with pytest.raises(common.Failure, match="'1.png'"):
         labelled_features(nn.Flatten(), train, test, 16, CPU)
     for nothing in (train, None), (Images([-1, -1]), test), (train, Images([-1])):

@@ -916,8 +916,8 @@ def assert_equal_but_for_rounding(several, one, start):
     0, makes 0.2 % in three steps. Unsynchronised BN or half a gradient make tens of percent."""
     assert several["files"] == one["files"] and several["step"] == one["step"]
     for part, key in itertools.product(("backbone", "model"), ("running_", "weight")):
-        a, b, c = (torch.cat([torch.zeros(1), *(v.flatten() for k, v in run[part].items() if key in k)])
-                   for run in (several, one, start))
+        a, b, c = (torch.cat([torch.zeros(1)] + [
+            v.flatten() for k, v in run[part].items() if key in k]) for run in (several, one, start))
         assert (a - b).norm() <= 0.01 * (b - c).norm(), (part, key)  # a ViT has no running_
     lines = [[line for line in run["log"] if "loss" in line] for run in (one, several)]
     assert lines[0]

@@ -286,7 +286,7 @@ def test_recipes_have_a_flag_for_each_key():
 def test_small_crops_are_the_smaller_ones():
     swav.parse_args(["--small-crops", "0", "--small-crop-scale", "0.5", "--crop-scale", "0.2"])
     with pytest.raises(SystemExit) as end:
-        swav.parse_args(["--small-crop-scale", "0.5", "--crop-scale", "0.2"])
+        swav.parse_args(["--small-crops", "2", "--small-crop-scale", "0.5", "--crop-scale", "0.2"])
     assert end.value.code == 2
 
 
