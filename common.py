@@ -281,8 +281,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         var = all_sum(centred.square().sum(dims)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            momentum = self.momentum or 1 / int(self.num_batches_tracked)  # None: cumulative
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(var * count / (count - 1), momentum)
         x = centred * (var + self.eps).rsqrt().view(shape)
         return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
 

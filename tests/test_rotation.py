@@ -1,0 +1,277 @@
+"""RotNet against independent slow versions, and each of the details that are commonly wrong."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from processes import run_processes
+from torch import nn
+
+import common
+import linear_probe
+import rotation
+from rotation import RandomShift, RotNet, accuracy, rotate_four, rotation_loss, shift
+
+
+def slow_loss(logits, labels):
+    """-log of the probability of the label, in Python floats."""
+    total = 0.0
+    for row, label in zip(logits, labels):
+        total = total - torch.log(torch.exp(row[label]) / sum(torch.exp(v) for v in row))
+    return total / len(labels)
+
+
+def test_loss_and_gradient_equal_slow_version():
+    logits = torch.randn(12, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.arange(4).repeat_interleave(3)
+    fast, slow = rotation_loss(logits, labels), slow_loss(logits, labels)
+    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (fast, slow)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+def test_loss_and_accuracy_at_chance_and_at_extremes():
+    labels = torch.arange(4)
+    assert rotation_loss(torch.ones(4, 4), labels).item() == pytest.approx(math.log(4))
+    right = torch.eye(4) * 1e15
+    assert rotation_loss(right, labels) == 0 and accuracy(right, labels) == 1
+    assert rotation_loss(right.roll(1, 0), labels).isfinite()
+    assert accuracy(right.roll(1, 0), labels) == 0
+
+
+# ---- the four turns
+
+
+def test_label_k_is_k_turns_counter_clockwise():
+    image = torch.zeros(1, 3, 5, 5)
+    image[..., 0, 1] = 1  # beside the top left corner
+    rotated, labels = rotate_four(image)
+    places = [tuple(r[0].nonzero()[0].tolist()) for r in rotated]
+    assert labels.tolist() == [0, 1, 2, 3]
+    assert places == [(0, 1), (3, 0), (4, 3), (1, 4)]  # top, left, bottom, right
+
+
+def test_each_image_is_there_in_all_four_turns_and_no_pixel_is_computed():
+    images = torch.randn(3, 3, 6, 6)
+    rotated, labels = rotate_four(images)
+    assert rotated.shape == (12, 3, 6, 6) and labels.bincount().tolist() == [3, 3, 3, 3]
+    for k in range(4):
+        for i in range(3):
+            assert labels[3 * k + i] == k
+            expected = np.rot90(images[i].numpy(), k, axes=(1, 2))
+            assert np.array_equal(rotated[3 * k + i].numpy(), expected)
+
+
+@pytest.fixture
+def batches(class_folders, monkeypatch):
+    """batches(*flags): what the network is given in each step of a short run."""
+    seen, losses = [], []
+    monkeypatch.setattr(linear_probe, "evaluate", lambda *a, **k: {})
+    monkeypatch.setattr(linear_probe, "print_report", lambda report: None)
+    forward, loss = RotNet.forward, rotation.rotation_loss
+    monkeypatch.setattr(RotNet, "forward", lambda m, x: (seen.append(x), forward(m, x))[1])
+    monkeypatch.setattr(rotation, "rotation_loss",
+                        lambda *inputs: (losses.append(inputs), loss(*inputs))[1])
+
+    def start(*flags):
+        rotation.train(rotation.parse_args([
+            *"--data images --recipe demo -b 8 --epochs 1 --workers 0".split(), *flags]))
+        return seen, losses
+
+    return start
+
+
+@pytest.mark.parametrize("crop", ["shift", "resized"])
+def test_training_turns_each_view_after_its_crop_and_flip(batches, crop):
+    views, losses = batches("--crop", crop)
+    assert len(views) == len(losses) == 3
+    for view, (logits, labels) in zip(views, losses):
+        quarter = view.chunk(4)
+        assert len(quarter[0]) == 8 and len(quarter[0].unique(dim=0)) == 8
+        for k in range(4):
+            assert torch.equal(quarter[k], quarter[0].rot90(k, (2, 3)))  # to the last bit
+            assert (labels.chunk(4)[k] == k).all()
+        assert logits.dtype == torch.float32
+
+
+# ---- augmentation
+
+
+def test_shift_equals_torchvision():
+    images = torch.rand(81, 3, 7, 7)
+    offsets = torch.cartesian_prod(torch.arange(9), torch.arange(9))
+    for image, (top, left), moved in zip(images, offsets.tolist(), shift(images, offsets, 4)):
+        padded = TF.pad(image, 4)
+        assert torch.equal(moved, TF.crop(padded, top, left, 7, 7))
+
+
+def test_shifts_are_uniform_and_each_image_has_its_own():
+    torch.manual_seed(0)
+    images = torch.zeros(8100, 3, 8, 8, dtype=torch.uint8)
+    (_, offsets), = RandomShift(4).draw(images, torch.ones(8100))
+    counts = (offsets[:, 0] * 9 + offsets[:, 1]).bincount(minlength=81)
+    assert len(counts) == 81 and 50 < counts.min() and counts.max() < 150
+
+
+def test_augmentation_of_small_images_moves_pixels_and_computes_none():
+    torch.manual_seed(0)
+    images = torch.randint(1, 256, (16, 3, 32, 32), dtype=torch.uint8)
+    views = common.denormalize(rotation.make_augment(32, "shift", 0.0)(images)) * 255
+    mirrored = black = 0
+    for image, view in zip(images, views):
+        assert (view - view.round()).abs().max() < 1e-3
+        padded = TF.pad(image, 4)
+        crops = [(TF.crop(flip(padded), i, j, 32, 32), flip is not torch.clone)
+                 for flip in (torch.clone, TF.hflip) for i in range(9) for j in range(9)]
+        found = [m for crop, m in crops if torch.equal(crop, view.round().byte())]
+        assert len(found) == 1
+        mirrored, black = mirrored + found[0], black + (view == 0).any().item()
+    assert 2 < mirrored < 14 and black > 10
+
+
+def test_augmentation_of_large_images_is_a_resized_crop():
+    augment = rotation.make_augment(72, "resized", 0.0)
+    assert augment.operations[0] == common.RandomResizedCrop(72, scale=(0.08, 1.0))
+    assert augment(torch.zeros(2, 3, 80, 80, dtype=torch.uint8)).shape == (2, 3, 72, 72)
+
+
+def test_half_of_the_demonstration_are_negatives():
+    images = torch.full((400, 3, 32, 32), 51, dtype=torch.uint8)  # 0.2; negative 0.8
+    for invert, low, high in ((0.0, 0, 0), (0.5, 0.4, 0.6), (1.0, 1, 1)):
+        views = common.denormalize(rotation.make_augment(32, "resized", invert)(images))
+        negative = (views - 0.8).abs().amax((1, 2, 3)) < 1e-3
+        assert low <= negative.float().mean() <= high
+    assert rotation.parse_args(["--recipe", "cifar"]).invert == 0
+
+
+# ---- schedule and optimizer
+
+
+def rate(recipe, epoch, steps=390):
+    """The rates at the first and the last step of an epoch, counted from 0."""
+    args = rotation.parse_args(["--recipe", recipe])
+    return [rotation.stepwise(epoch * steps + i, args.epochs * steps,
+                              round(args.warmup_epochs * steps), args.lr * args.batch_size / 256,
+                              args.lr_drops, args.lr_factor) for i in (0, steps - 1)]
+
+
+def test_rate_falls_at_the_epochs_of_the_official_code():
+    """Its table has the first epoch, counted from 0, that no longer has a rate."""
+    for low, high, lr in ((0, 60, 0.1), (60, 120, 0.02), (120, 160, 0.004), (160, 200, 0.0008)):
+        assert rate("cifar", low) + rate("cifar", high - 1) == pytest.approx([lr] * 4)
+    for low, high, lr in ((5, 30, 0.2), (30, 50, 0.02), (50, 70, 0.002)):
+        assert rate("imagenet", low) + rate("imagenet", high - 1) == pytest.approx([lr] * 4)
+    for steps in 7, 97, 391, 10009:
+        assert rate("cifar", 60, steps)[0] == pytest.approx(0.02)
+        assert rate("imagenet", 29, steps)[1] == pytest.approx(0.2)
+    assert rate("imagenet", 0)[0] == pytest.approx(0.2 / (5 * 390))
+    assert rate("imagenet", 2)[1] == pytest.approx(0.2 * 3 / 5)
+    assert rotation.stepwise(0, 0, 0, 2.0, [0.5], 0.1) == pytest.approx(0.2)  # no steps at all
+
+
+def test_optimizer_is_nesterov_sgd_that_decays_all_parameters():
+    model = RotNet(common.make_backbone("resnet8", 32), 128)
+    optimizer = rotation.make_optimizer(model, 5e-4)
+    (group,) = optimizer.param_groups
+    assert {k: group[k] for k in ("momentum", "nesterov", "weight_decay")} == {
+        "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+    assert len(group["params"]) == len(list(model.parameters()))
+
+
+def test_recipes_have_a_flag_for_each_key():
+    args = rotation.parse_args([])
+    assert set(rotation.RECIPES) <= set(vars(args))
+    assert all(len(row) == 3 for row in rotation.RECIPES.values())
+    for i, recipe in enumerate(("demo", "cifar", "imagenet")):
+        args = rotation.parse_args(["--recipe", recipe])
+        assert {k: getattr(args, k) for k in rotation.RECIPES} == {
+            k: row[i] for k, row in rotation.RECIPES.items()}
+    assert rotation.parse_args(["--lr-drops", "0.1", "0.2"]).lr_drops == [0.1, 0.2]
+    assert rotation.parse_args(["--lr-drops"]).lr_drops == []
+
+
+# ---- what the health number shows
+
+
+def trained_accuracy(images):
+    torch.manual_seed(0)
+    model = RotNet(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten()), 8 * 36)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for step in range(30):
+        rotated, labels = rotate_four(images[step % 4 :: 4])
+        logits = model(rotated)
+        optimizer.zero_grad()
+        rotation_loss(logits, labels).backward()
+        optimizer.step()
+    return accuracy(logits, labels).item()
+
+
+def test_accuracy_is_at_chance_without_an_up_direction():
+    lit_from_above = torch.randn(64, 3, 8, 8) + torch.linspace(2, -2, 8)[:, None]
+    assert trained_accuracy(lit_from_above) > 0.9
+    half = torch.randint(-2, 3, (64, 3, 8, 8)).float()
+    alike = sum(half.rot90(k, (2, 3)) for k in range(4))  # the same from all four sides
+    assert trained_accuracy(alike) == pytest.approx(0.25)
+
+
+# ---- several processes give what one process with the whole batch gives
+
+
+def two_steps(images, uniform=common.uniform, convert=common.sync_batch_norm):
+    """-> losses, and the parameters and buffers after two optimizer steps on this share."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
+                             nn.Linear(54, 12))
+    model = convert(RotNet(backbone, 12).double())
+    optimizer = rotation.make_optimizer(model, 0.01)
+    optimizer.param_groups[0]["lr"] = 0.3
+    share = images.shape[1] // common.world_size()
+    forward, common.uniform = model, uniform
+    if common.world_size() > 1:
+        forward = nn.parallel.DistributedDataParallel(model)
+    losses = []
+    for step, batch in enumerate(images[:, common.rank() * share :][:, :share]):
+        torch.manual_seed(step)
+        for function, *parameters in RandomShift(2).draw(batch, torch.ones(share)):
+            batch = function(batch, *parameters)
+        rotated, labels = rotate_four(batch)
+        loss = rotation_loss(forward(rotated), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append((common.all_sum(loss.detach()) / common.world_size()).item())
+    return losses, {k: v.numpy() for k, v in model.state_dict().items()}
+
+
+def own_uniform(n, *shape, device, low=0.0, high=1.0):
+    return torch.empty(n, *shape).uniform_(low, high)
+
+
+def largest_difference(one, several):
+    """Over losses and all entries of the state of every process."""
+    largest = 0.0
+    for losses, state in several:
+        largest = max(largest, *(abs(a - b) for a, b in zip(losses, one[0])))
+        for key, value in state.items():
+            largest = max(largest, float(abs(value - one[1][key]).max()))
+    return largest
+
+
+def test_processes_equal_one():
+    images = torch.rand(2, 8, 3, 8, 8, dtype=torch.float64)
+    assert largest_difference(two_steps(images), run_processes(2, two_steps, images)) < 1e-12
+
+
+@pytest.mark.parametrize("mutation", [{"uniform": own_uniform}, {"convert": nn.Module.train}])
+def test_processes_differ_from_one_when_broken(mutation):
+    """The test above notices shifts that each process draws by itself, and BN that is not
+    synchronised."""
+    images = torch.rand(2, 8, 3, 8, 8, dtype=torch.float64)
+    broken = run_processes(2, _broken_steps, images, *mutation.popitem())
+    assert largest_difference(two_steps(images), broken) > 1e-6
+
+
+def _broken_steps(images, key, value):
+    return two_steps(images, **{key: value})
