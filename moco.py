@@ -27,7 +27,7 @@ Shuffled BN: a key that was normalised together with its query's neighbours woul
 the statistics. Keys are shuffled between the BN groups (the paper: between GPUs).
 Official CIFAR-10 notebook: worth about 4 points of kNN after 800 epochs; not measured here.
 Demonstration: kNN 28.3 %, probe 42.0 % (random initialisation: 33.7, 42.1; pixels: 20.3, 20.2):
-five epochs of these settings learn nothing that the evaluation sees.
+five epochs of these settings are too little, or not the right ones.
 
 Departures from the papers: the rate falls on a cosine per step (v1: to a tenth at epochs 120 and
 160 of 200; v2: per epoch). BN groups are parts of the total batch, whatever the number of GPUs, and

@@ -21,6 +21,9 @@ Reuse    from simclr import SimCLR, simclr_loss         (needs torch only)
 Departures from the paper: pixels are normalised with ImageNet's mean and std (official code: left in
 [0, 1]); crops of small images are bilinear (official: bicubic everywhere). LARS keeps the rate
 outside the momentum buffer (official: inside), which differs only while the rate changes.
+
+Measured in the demonstration, four runs: kNN 65 to 81 %, probe 86 to 92 %; the same network at random
+34 to 36 and 42 to 45, raw pixels 20 and 20 (tests/results/README.md has the runs).
 """
 
 import math
