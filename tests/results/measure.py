@@ -1,0 +1,463 @@
+"""Every measured run of this project as one command, and the READMEs' tables from the runs' logs.
+
+    python tests/results/measure.py cpu --data PATH --jobs 2      what is missing of a group of runs
+    python tests/results/measure.py gpu --data PATH --jobs 2 --minutes 28
+    python tests/results/measure.py table                         then the tables, from all logs
+    python tests/results/measure.py ablate swav-no-sinkhorn       a script without a part of it
+
+PATH is CIFAR-10: a folder with train/ and test/, or cifar10, which torchvision downloads. A run is
+done when tests/results/<name>/log.jsonl ends with a report; run.json beside it has its command,
+hardware and cost. One that was interrupted, or stopped by --minutes, goes on at the next call.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+METHODS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL", "simsiam": "SimSiam", "swav": "SwAV",
+           "barlow": "Barlow Twins", "dino": "DINO", "mae": "MAE", "rotation": "Rotation",
+           "jigsaw": "Jigsaw"}
+# CIFAR-10, ResNet-18. kNN at 200 epochs, its minutes, kNN at 800: lightly's benchmark on an A6000,
+# the best of its batch sizes, maximum over epochs (MoCo at 200: the notebook of
+# facebookresearch/moco, symmetric loss). Linear at 1000: solo-learn, an online classifier.
+PUBLISHED = {"simclr": (84.8, 87, 87.9, 90.7), "moco": (85.3, None, 89.9, 92.9),
+             "byol": (86.9, 122, 91.0, 92.6), "simsiam": (81.9, 97, 90.4, 90.5),
+             "swav": (84.2, 89, 88.4, 89.2), "barlow": (84.2, 376, 85.9, 92.1),
+             "dino": (84.0, 120, 84.8, 89.5)}
+
+# ------------------------------------------------------------------------------------- ablations
+
+
+def no_stop_gradient(simsiam):
+    import torch.nn.functional as F
+
+    def loss(p1, p2, z1, z2):
+        return -(F.cosine_similarity(p1, z2).mean() + F.cosine_similarity(p2, z1).mean()) / 2
+
+    simsiam.simsiam_loss = loss
+
+
+def no_predictor(byol):
+    from torch import nn
+
+    init = byol.BYOL.__init__
+
+    def init_without(self, *args):
+        init(self, *args)
+        self.predictor = nn.Identity()
+
+    byol.BYOL.__init__ = init_without
+
+
+def no_average(byol):
+    update = byol.ema_update
+    byol.ema_update = lambda target, online, ema_momentum: update(target, online, 0.0)
+
+
+def no_sinkhorn(swav):
+    swav.sinkhorn = lambda scores, epsilon, iterations: (scores / epsilon).softmax(1)
+
+
+# name, which starts with the script's: flags, or what removes a part that has no flag, since nobody
+# should run without it; the health number; what the run teaches
+ABLATIONS = {
+    "simclr-no-jitter": ("--jitter-strength 0", "accuracy",
+                         "without colour jitter, colours alone find the other view"),
+    "moco-one-bn-group": ("--bn-groups 1", "accuracy",
+                          "shuffling needs groups: one BN batch shows which key is whose"),
+    "byol-no-predictor": (no_predictor, "spread", "the predictor is what prevents collapse"),
+    "byol-no-average": (no_average, "spread",
+                        "a target that is the network itself, not its average, moves too fast"),
+    "simsiam-no-stop-gradient": (no_stop_gradient, "spread",
+                                 "with gradient through both sides, the constant is the optimum"),
+    "swav-no-sinkhorn": (no_sinkhorn, "code_entropy", "nothing keeps the clusters equally large"),
+    "barlow-no-decorrelation": ("--off-diagonal-weight 0", "off_diagonal",
+                                "all dimensions may say the same"),
+    "dino-no-centering": ("--center-momentum 1", "entropy",
+                          "without a center, one class can win: entropy falls to 0"),
+    "dino-no-sharpening": ("--teacher-temperature-start 1 --teacher-temperature 1", "entropy",
+                           "without sharpening, the teacher says nothing: entropy rises to ln K"),
+    "mae-plain-pixels": ("--no-norm-pix", "variance", "what normalised patches are worth"),
+    "rotation-no-negatives": ("--invert 0", "accuracy",
+                              "light that falls from above gives the rotation away"),
+    "jigsaw-no-gaps": ("--tile-size 10", "accuracy", "tiles that touch are matched by their edges"),
+}
+
+
+def ablate(name, flags):
+    """Train with `name`'s part removed; the flags are the script's."""
+    sys.path.insert(0, str(ROOT))
+    module, change = importlib.import_module(name.split("-")[0]), ABLATIONS[name][0]
+    if isinstance(change, str):
+        flags = shlex.split(change) + flags
+    else:
+        change(module)
+    importlib.import_module("common").main(module.train, module.parse_args, flags)
+
+
+def ablation_command(name):
+    change = ABLATIONS[name][0]
+    if isinstance(change, str):
+        return f"{name.split('-')[0]}.py --seed 0 {change}"
+    return f"tests/results/measure.py ablate {name} --seed 0"
+
+
+# ------------------------------------------------------------------------------------------ runs
+
+SUBSET = "--data cifar --recipe demo --max-images 10000"
+WIDTHS = "resnet8x0.5", "resnet8x2", "vgg11_bnx0.25"  # resnet8 itself is in the group cpu
+RUNS = {
+    "cpu": [run for seed in range(3)
+            for run in [(f"{m}-{seed}", f"{m}.py --seed {seed}") for m in METHODS]
+            + [(f"{m}-cifar-{seed}", f"{m}.py {SUBSET} --seed {seed}") for m in METHODS]],
+    "gpu": [(f"{m}-200", f"{m}.py --data cifar --recipe cifar --epochs 200 --seed 0")
+            for m in METHODS]
+    + [("dino-vit-200", "dino.py --data cifar --recipe cifar --epochs 200 --arch vit_tiny --seed 0")],
+    "gpu-long": [(f"{m}-800", f"{m}.py --data cifar --recipe cifar --epochs 800 --seed 0")
+                 for m in METHODS],
+    "ablation": [(name, ablation_command(name)) for name in ABLATIONS],
+    "architecture": [(f"{m}-{arch}", f"{m}.py {SUBSET} --arch {arch} --seed 0")
+                     for arch in WIDTHS for m in ("rotation", "simclr")],
+}
+
+
+def read_log(folder):
+    """-> the lines of its log.jsonl and what run.json says, or None unless it ends with a report."""
+    try:
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):  # none, or a line cut off
+        return None
+    if not lines or "report" not in lines[-1]:
+        return None
+    return {"lines": lines, "report": lines[-1]["report"], **read_record(folder)}
+
+
+def read_record(folder):
+    path = folder / "run.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def missing(group, results, only=""):
+    """-> (name, command) of the group's runs that are not done, in their order."""
+    return [(name, command) for name, command in RUNS[group]
+            if only in (name.split("-")[0], name, "") and not read_log(results / name)]
+
+
+def machine(gpu):
+    """-> what a run is documented with: hardware and versions."""
+    script = ("import torch, torchvision; print(torch.__version__, torchvision.__version__, "
+              "torch.cuda.get_device_name() if torch.cuda.is_available() else '')")
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    if found.returncode:
+        sys.exit(found.stderr.strip().splitlines()[-1])
+    torch, torchvision, name = found.stdout.strip("\n").split(" ", 2)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    info = Path("/proc/cpuinfo")
+    models = re.findall("model name\\s*: (.*)", info.read_text()) if info.exists() else []
+    cpu = f"{models[0] if models else platform.processor()}, {cores} cores"
+    return cores, {"hardware": name if gpu and name else cpu, "torch": torch,
+                   "torchvision": torchvision}
+
+
+def measure(args):
+    """Run what is missing -> the exit status."""
+    gpu = args.group.startswith("gpu")
+    cores, facts = machine(gpu)
+    threads = max(1, cores // args.jobs)
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    todo = missing(args.group, args.results, args.only)
+    total, begin, running, walls, failed, stopped = len(todo), time.monotonic(), {}, [], 0, False
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def start(name, command):
+        words = shlex.split(command) + shlex.split(args.flags)
+        shown = shlex.join(["python", *words]).replace("--data cifar", f"--data {Path(args.data).name}")
+        words = [args.data if word == "cifar" and words[i - 1] == "--data" else word
+                 for i, word in enumerate(words)]
+        out = args.out / name
+        args.out.mkdir(parents=True, exist_ok=True)
+        with open(args.out / f"{name}.txt", "a") as screen:
+            process = subprocess.Popen(
+                [sys.executable, ROOT / words[0], *words[1:], "--out", out, "--resume"],
+                env=env, stdout=screen, stderr=subprocess.STDOUT)
+        running[name] = process, time.monotonic(), {
+            "command": shown, "seed": int(re.findall(r"--seed (\d+)", shown)[-1]), **facts,
+            "threads": threads, "jobs": args.jobs, "date": time.strftime("%Y-%m-%d")}
+
+    def end(name):
+        """Adds to run.json, also of a run that was interrupted, and keeps what is finished."""
+        nonlocal failed
+        process, since, record = running.pop(name)
+        out, wall = args.out / name, time.monotonic() - since
+        record["wall_seconds"] = round(wall + read_record(out).get("wall_seconds", 0), 1)
+        if out.exists():
+            (out / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+        if process.returncode == 0 and (log := read_log(out)):
+            keep(name)
+            walls.append(wall)
+            left = statistics.mean(walls) * (len(todo) + len(running)) / args.jobs / 60
+            trained = log["report"]["trained"]
+            said = (f"kNN {trained.get('knn')}, probe {trained.get('probe')}, "
+                    f"{record['wall_seconds'] / 60:.1f} minutes; about {left:.0f} minutes left")
+        elif stopped:
+            said = "stopped; the next call continues it"
+        else:
+            failed += 1
+            last = (args.out / f"{name}.txt").read_text().strip().splitlines()[-1:]
+            said = f"failed: {' '.join(last)}"
+        print(f"{total - len(todo) - len(running)}/{total} {name}: {said}", flush=True)
+
+    def keep(name):
+        (args.results / name).mkdir(parents=True, exist_ok=True)
+        for file in "log.jsonl", "run.json":
+            shutil.copy(args.out / name / file, args.results / name / file)
+
+    for name, _ in [run for run in todo if read_log(args.out / run[0])]:
+        keep(name)  # finished by a call whose results folder was another
+        todo = [run for run in todo if run[0] != name]
+        print(f"{name}: finished before", flush=True)
+    try:
+        while todo or running:
+            if time.monotonic() - begin > 60 * args.minutes:
+                break
+            while todo and len(running) < args.jobs:
+                start(*todo.pop(0))
+            time.sleep(0.2)
+            for name in [name for name, (process, *_) in running.items()
+                         if process.poll() is not None]:
+                end(name)
+    except KeyboardInterrupt:
+        failed += 1
+    stopped = True
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for process, *_ in running.values():
+        process.terminate()  # saves, and exits
+    for name in list(running):
+        running[name][0].wait()
+        end(name)
+    print(f"{len(missing(args.group, args.results, args.only))} runs of {args.group} are missing")
+    return 1 if failed else 0
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+
+def table(head, rows):
+    return "".join(f"| {' | '.join(row)} |\n" for row in
+                   [head.split("|"), ["---"] * len(head.split("|")), *rows])
+
+
+def span(values):
+    """Mean and range, with one decimal; empty without values."""
+    values = [v for v in values if v is not None]
+    if len(values) < 2:
+        return "".join(f"{v:.1f}" for v in values)
+    return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def accuracy(runs, name="trained"):
+    """-> the cells of kNN and probe."""
+    return [span([run["report"][name].get(key) for run in runs]) for key in ("knn", "probe")]
+
+
+def best_layer(runs):
+    """-> the stage whose mean probe is best, by the test set, and its two cells; or None."""
+    layers = [run["report"].get("layers") for run in runs]
+    if not layers or not all(layers):
+        return None
+    stage = max(layers[0], key=lambda s: statistics.mean(found[s]["probe"] for found in layers))
+    return stage, [span([found[stage].get(key) for found in layers]) for key in ("knn", "probe")]
+
+
+def with_best_layer(method, runs, row):
+    """The row of a method, and one more with the best layer where its report has layers."""
+    best = best_layer(runs)
+    return [row] + ([[f"{METHODS[method]}, best layer: {best[0]}", *best[1],
+                      *[""] * (len(row) - 3)]] if best else [])
+
+
+def cost(runs):
+    """-> the cells of images per second, minutes and peak memory in GB."""
+    def each(function):
+        values = [v for v in map(function, runs) if v is not None]
+        return f"{statistics.mean(values):,.3g}" if values else ""
+
+    return [f"{statistics.mean(map(speed, runs)):,.0f}" if runs else "", each(minutes),
+            each(lambda run: run["lines"][-1].get("peak_gb"))]
+
+
+def speed(run):
+    return statistics.median(line["images_per_s"] for line in run["lines"] if "images_per_s" in line)
+
+
+def minutes(run):
+    """Of the whole process; of a log without run.json, of the training steps."""
+    last = [line["seconds"] for line in run["lines"] if "seconds" in line][-1]
+    return run.get("wall_seconds", last) / 60
+
+
+def seeds(runs, prefix):
+    return [runs[f"{prefix}-{seed}"] for seed in range(3) if f"{prefix}-{seed}" in runs]
+
+
+def cpu_table(runs, suffix=""):
+    rows, every = [], []
+    for method in METHODS:
+        own = seeds(runs, method + suffix)
+        every += own
+        row = [METHODS[method], *accuracy(own), *accuracy(own, "random"), str(len(own) or ""),
+               *cost(own)]
+        rows += with_best_layer(method, own, row)
+    rows.append(["raw pixels", *accuracy(every[:1], "pixels"), *[""] * 6])
+    return table("method|kNN|probe|random: kNN|random: probe|seeds|images/s|minutes|GB", rows)
+
+
+def gpu_table(runs, epochs=200):
+    rows = []
+    for method, name in [(m, f"{m}-{epochs}") for m in METHODS] + [("dino", f"dino-vit-{epochs}")]:
+        own = [runs[name]] if name in runs else []
+        if "-vit-" in name and epochs != 200:
+            continue
+        knn, knn_minutes, long_knn, linear = PUBLISHED.get(method, [None] * 4)
+        knn, probe = accuracy(own), [knn if epochs == 200 else long_knn, linear]
+        label = METHODS[method] + ", ViT-tiny" * (name in ("dino-vit-200", f"mae-{epochs}"))
+        if "ViT" in label:
+            probe, knn_minutes = [None] * 2, None  # published for a ResNet
+        published = [span([probe[0]]), f"{knn_minutes}" if knn_minutes else ""]
+        if epochs != 200:
+            published = [span([v]) for v in probe]
+        row = [label, *knn, *published, *cost(own)]
+        rows += with_best_layer(method, own, row)
+    own = [runs[f"simclr-{epochs}"]] if f"simclr-{epochs}" in runs else []
+    rows += [["ResNet-18 at random", *accuracy(own, "random"), *[""] * 5],
+             ["raw pixels", *accuracy(own, "pixels"), *[""] * 5]]
+    last = "published minutes" if epochs == 200 else "published linear"
+    return table(f"method|kNN|probe|published kNN|{last}|images/s|minutes|GB", rows)
+
+
+def ablation_table(runs):
+    rows = []
+    for name, (_, health, lesson) in ABLATIONS.items():
+        cells = []
+        for run in runs.get(f"{name.split('-')[0]}-0"), runs.get(name):
+            last = [line for line in run["lines"] if "loss" in line][-1] if run else {}
+            cells.append([f"{last[health]:.3f}" if health in last else "",
+                          *(accuracy([run]) if run else ["", ""])])
+        rows.append([f"`{name}`", lesson, health,
+                     *(" → ".join(pair) if any(pair) else "" for pair in zip(*cells))])
+    return table("ablation|what it teaches|health|health: whole → ablated|kNN|probe", rows)
+
+
+def architecture_table(runs):
+    rows = []
+    for arch in WIDTHS[0], "resnet8", *WIDTHS[1:]:
+        row = [arch]
+        for method in "rotation", "simclr":
+            name = f"{method}-cifar-0" if arch == "resnet8" else f"{method}-{arch}"
+            own = [runs[name]] if name in runs else []
+            best = best_layer(own)
+            row += accuracy(own) + ([f"{best[0]}: {best[1][1]}" if best else ""]
+                                    if method == "rotation" else [])
+        rows.append(row)
+    return table("network|rotation: kNN|probe|probe of the best layer|SimCLR: kNN|probe", rows)
+
+
+def summary_table(runs):
+    """For the project's README: what a reader can repeat, and what a GPU adds."""
+    groups = [lambda m: seeds(runs, m), lambda m: seeds(runs, f"{m}-cifar"),
+              lambda m: [runs[f"{m}-200"]] if f"{m}-200" in runs else []]
+    rows = [[f"`{m}.py`", *(cell for group in groups for cell in accuracy(group(m)))]
+            for m in METHODS]
+    for label, name in ("SimCLR's network at random", "random"), ("raw pixels", "pixels"):
+        own = [group("simclr") if name == "random" else group("simclr")[:1] for group in groups]
+        rows.append([label, *(cell for group in own for cell in accuracy(group, name))])
+    return table("|built-in set: kNN|probe|10,000 of CIFAR-10: kNN|probe|CIFAR-10, 200 epochs: kNN"
+                 "|probe", rows)
+
+
+def runs_table(runs):
+    """Every log that is kept: its command, figures, cost and hardware."""
+    rows = []
+    for name, run in runs.items():
+        losses = [line["loss"] for line in run["lines"] if "loss" in line]
+        both = [", ".join(accuracy([run], other)) for other in ("random", "pixels")]
+        rows.append([name, f"`{run.get('command', '')}`", *accuracy([run]), *both,
+                     f"{losses[-1]:.3f}" if losses else "", *cost([run]),
+                     ", ".join(str(run[key]) for key in ("hardware", "date") if key in run)])
+    return table("run|command|kNN|probe|random: kNN, probe|pixels: kNN, probe|last loss|images/s|"
+                 "minutes|GB|hardware, date", rows)
+
+
+def report_table(run):
+    """What the script itself prints at its end."""
+    return table("|kNN, %|linear probe, %", [[name, *accuracy([run], name)]
+                                            for name in ("trained", "random", "pixels")])
+
+
+TABLES = {"cpu": cpu_table, "cpu-cifar": lambda runs: cpu_table(runs, "-cifar"), "gpu": gpu_table,
+          "gpu-long": lambda runs: gpu_table(runs, 800), "ablation": ablation_table,
+          "architecture": architecture_table, "summary": summary_table, "runs": runs_table}
+
+
+def read_runs(results):
+    """-> {name: run} of all finished logs, in the order of their names."""
+    found = {log.parent.name: read_log(log.parent) for log in sorted(results.glob("*/log.jsonl"))}
+    return {name: run for name, run in found.items() if run}
+
+
+def rewrite(text, runs):
+    """A page whose tables, each between `<!-- table: name -->` and `<!-- end -->`, are made anew;
+    the name is one of TABLES, or a run's, for the table that its script prints."""
+    def make(match):
+        name = match[2]
+        return match[1] + "\n" + (TABLES[name](runs) if name in TABLES else
+                                  report_table(runs[name])) + "\n" + match[3]
+
+    return re.sub(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", make, text, flags=re.DOTALL)
+
+
+def pages(results):
+    return [results / "README.md", results.parent.parent / "README.md"]
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("group", choices=[*RUNS, "table"])
+    add("--data", default="cifar10", help="where CIFAR-10 is (torchvision's)")
+    add("--jobs", type=int, default=1, help="runs at a time, which share the cores and the GPU (1)")
+    add("--only", default="", metavar="NAME", help="of one method, or the run of this name")
+    add("--minutes", type=float, default=float("inf"), help="stop after so long")
+    add("--flags", default="", help="more flags for every run, for a trial")
+    add("--out", type=Path, default="runs/measure", help="the runs' folders (runs/measure)")
+    add("--results", type=Path, default=HERE, help="where logs are kept (here)")
+    return parser.parse_args(argv)
+
+
+def main():
+    if sys.argv[1:2] == ["ablate"] and len(sys.argv) > 2 and sys.argv[2] in ABLATIONS:
+        return ablate(sys.argv[2], sys.argv[3:])
+    args = parse_args()
+    if args.group != "table":
+        return measure(args)
+    for page in pages(args.results.resolve()):
+        text = page.read_text(encoding="utf8")
+        page.write_text(rewrite(text, read_runs(args.results)), encoding="utf8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
