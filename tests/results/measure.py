@@ -71,46 +71,46 @@ def no_sinkhorn(swav):
     swav.sinkhorn = lambda scores, epsilon, iterations: (scores / epsilon).softmax(1)
 
 
-# name, which starts with the script's: flags, or what removes a part that has no flag, since nobody
-# should run without it; the health number; what the run teaches
+# Name, which starts with the script's: flags, or what removes a part that has no flag, since nobody
+# should run without it; the health number, by its name on the log line; what the run asks.
 ABLATIONS = {
     "simclr-no-jitter": ("--jitter-strength 0", "accuracy",
-                         "without colour jitter, colours alone find the other view"),
+                         "without colour jitter, do colours alone find the other view?"),
     "moco-one-bn-group": ("--bn-groups 1", "accuracy",
-                          "shuffling needs groups: one BN batch shows which key is whose"),
-    "byol-no-predictor": (no_predictor, "spread", "the predictor is what prevents collapse"),
+                          "in one BN batch, which shuffling cannot mix, do statistics leak?"),
+    "byol-no-predictor": (no_predictor, "spread", "is it the predictor that prevents collapse?"),
     "byol-no-average": (no_average, "spread",
-                        "a target that is the network itself, not its average, moves too fast"),
+                        "is a target needed that is an average, not the network itself?"),
     "simsiam-no-stop-gradient": (no_stop_gradient, "spread",
-                                 "with gradient through both sides, the constant is the optimum"),
-    "swav-no-sinkhorn": (no_sinkhorn, "code_entropy", "nothing keeps the clusters equally large"),
+                                 "with gradient through both sides, is a constant the outcome?"),
+    "swav-no-sinkhorn": (no_sinkhorn, "code_entropy",
+                         "with softmax for codes, does anything keep the clusters equal?"),
     "barlow-no-decorrelation": ("--off-diagonal-weight 0", "off_diagonal",
-                                "all dimensions may say the same"),
+                                "do all dimensions then say the same?"),
     "dino-no-centering": ("--center-momentum 1", "entropy",
-                          "without a center, one class can win: entropy falls to 0"),
+                          "does one class win, that is, does entropy fall to 0?"),
     "dino-no-sharpening": ("--teacher-temperature-start 1 --teacher-temperature 1", "entropy",
-                           "without sharpening, the teacher says nothing: entropy rises to ln K"),
-    "mae-plain-pixels": ("--no-norm-pix", "variance", "what normalised patches are worth"),
+                           "do all classes become alike, that is, does entropy rise to ln K?"),
+    "mae-plain-pixels": ("--no-norm-pix", "loss/variance",
+                         "what is it worth to normalise the pixels of each patch?"),
     "rotation-no-negatives": ("--invert 0", "accuracy",
-                              "light that falls from above gives the rotation away"),
-    "jigsaw-no-gaps": ("--tile-size 10", "accuracy", "tiles that touch are matched by their edges"),
+                              "does light that falls from above give the rotation away?"),
+    "jigsaw-no-gaps": ("--tile-size 10", "accuracy",
+                       "do tiles that touch give the order away by their edges?"),
 }
 
 
 def ablate(name, flags):
-    """Train with `name`'s part removed; the flags are the script's."""
+    """Train without the part that an ablation of ABLATIONS removes; the flags are the script's."""
     sys.path.insert(0, str(ROOT))
     module, change = importlib.import_module(name.split("-")[0]), ABLATIONS[name][0]
-    if isinstance(change, str):
-        flags = shlex.split(change) + flags
-    else:
-        change(module)
+    change(module)
     importlib.import_module("common").main(module.train, module.parse_args, flags)
 
 
 def ablation_command(name):
     change = ABLATIONS[name][0]
-    if isinstance(change, str):
+    if isinstance(change, str):  # a flag of the script
         return f"{name.split('-')[0]}.py --seed 0 {change}"
     return f"tests/results/measure.py ablate {name} --seed 0"
 
@@ -125,7 +125,8 @@ RUNS = {
             + [(f"{m}-cifar-{seed}", f"{m}.py {SUBSET} --seed {seed}") for m in METHODS]],
     "gpu": [(f"{m}-200", f"{m}.py --data cifar --recipe cifar --epochs 200 --seed 0")
             for m in METHODS]
-    + [("dino-vit-200", "dino.py --data cifar --recipe cifar --epochs 200 --arch vit_tiny --seed 0")],
+    + [("dino-vit-200",
+        "dino.py --data cifar --recipe cifar --epochs 200 --arch vit_tiny --seed 0")],
     "gpu-long": [(f"{m}-800", f"{m}.py --data cifar --recipe cifar --epochs 800 --seed 0")
                  for m in METHODS],
     "ablation": [(name, ablation_command(name)) for name in ABLATIONS],
@@ -135,7 +136,7 @@ RUNS = {
 
 
 def read_log(folder):
-    """-> the lines of its log.jsonl and what run.json says, or None unless it ends with a report."""
+    """-> lines and report of log.jsonl, and run.json; None unless the log ends with a report."""
     try:
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     except (OSError, ValueError):  # none, or a line cut off
@@ -148,6 +149,10 @@ def read_log(folder):
 def read_record(folder):
     path = folder / "run.json"
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_record(folder, record):
+    (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def missing(group, results, only=""):
@@ -177,34 +182,40 @@ def measure(args):
     gpu = args.group.startswith("gpu")
     cores, facts = machine(gpu)
     threads = max(1, cores // args.jobs)
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads)} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    if not gpu:
+        env["CUDA_VISIBLE_DEVICES"] = ""
     todo = missing(args.group, args.results, args.only)
     total, begin, running, walls, failed, stopped = len(todo), time.monotonic(), {}, [], 0, False
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def start(name, command):
         words = shlex.split(command) + shlex.split(args.flags)
-        shown = shlex.join(["python", *words]).replace("--data cifar", f"--data {Path(args.data).name}")
-        words = [args.data if word == "cifar" and words[i - 1] == "--data" else word
-                 for i, word in enumerate(words)]
-        out = args.out / name
-        args.out.mkdir(parents=True, exist_ok=True)
+        shown, out = ["python", *words], args.out / name
+        for place, (flag, word) in enumerate(zip(words, words[1:]), 1):
+            if flag == "--data":  # a folder is recorded by its name alone
+                words[place] = args.data if word == "cifar" else word
+                shown[place + 1] = Path(words[place]).name
+        shown = shlex.join(shown)
+        record = {"command": shown, "seed": int(re.findall(r"--seed (\d+)", shown)[-1]), **facts,
+                  "threads": threads, "jobs": args.jobs, "date": time.strftime("%Y-%m-%d"),
+                  "wall_seconds": read_record(out).get("wall_seconds", 0)}  # of earlier calls
+        out.mkdir(parents=True, exist_ok=True)
+        write_record(out, record)
         with open(args.out / f"{name}.txt", "a") as screen:
             process = subprocess.Popen(
                 [sys.executable, ROOT / words[0], *words[1:], "--out", out, "--resume"],
                 env=env, stdout=screen, stderr=subprocess.STDOUT)
-        running[name] = process, time.monotonic(), {
-            "command": shown, "seed": int(re.findall(r"--seed (\d+)", shown)[-1]), **facts,
-            "threads": threads, "jobs": args.jobs, "date": time.strftime("%Y-%m-%d")}
+        running[name] = process, time.monotonic(), record
 
     def end(name):
-        """Adds to run.json, also of a run that was interrupted, and keeps what is finished."""
+        """Adds up the time, also of a run that was interrupted, and keeps what is finished."""
         nonlocal failed
         process, since, record = running.pop(name)
         out, wall = args.out / name, time.monotonic() - since
-        record["wall_seconds"] = round(wall + read_record(out).get("wall_seconds", 0), 1)
-        if out.exists():
-            (out / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+        record["wall_seconds"] = round(record["wall_seconds"] + wall, 1)
+        write_record(out, record)
         if process.returncode == 0 and (log := read_log(out)):
             keep(name)
             walls.append(wall)
@@ -228,7 +239,7 @@ def measure(args):
     for name, _ in [run for run in todo if read_log(args.out / run[0])]:
         keep(name)  # finished by a call whose results folder was another
         todo = [run for run in todo if run[0] != name]
-        print(f"{name}: finished before", flush=True)
+        print(f"{name}: was finished, now kept", flush=True)
     try:
         while todo or running:
             if time.monotonic() - begin > 60 * args.minutes:
@@ -248,6 +259,8 @@ def measure(args):
     for name in list(running):
         running[name][0].wait()
         end(name)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     print(f"{len(missing(args.group, args.results, args.only))} runs of {args.group} are missing")
     return 1 if failed else 0
 
@@ -291,16 +304,15 @@ def with_best_layer(method, runs, row):
 
 def cost(runs):
     """-> the cells of images per second, minutes and peak memory in GB."""
-    def each(function):
+    def mean(function, decimals):
         values = [v for v in map(function, runs) if v is not None]
-        return f"{statistics.mean(values):,.3g}" if values else ""
+        return f"{statistics.mean(values):,.{decimals}f}" if values else ""
 
-    return [f"{statistics.mean(map(speed, runs)):,.0f}" if runs else "", each(minutes),
-            each(lambda run: run["lines"][-1].get("peak_gb"))]
+    return [mean(speed, 0), mean(minutes, 1), mean(lambda run: run["lines"][-1].get("peak_gb"), 1)]
 
 
 def speed(run):
-    return statistics.median(line["images_per_s"] for line in run["lines"] if "images_per_s" in line)
+    return statistics.median(line["images_per_s"] for line in run["lines"] if "loss" in line)
 
 
 def minutes(run):
@@ -325,40 +337,39 @@ def cpu_table(runs, suffix=""):
     return table("method|kNN|probe|random: kNN|random: probe|seeds|images/s|minutes|GB", rows)
 
 
-def gpu_table(runs, epochs=200):
-    rows = []
-    for method, name in [(m, f"{m}-{epochs}") for m in METHODS] + [("dino", f"dino-vit-{epochs}")]:
-        own = [runs[name]] if name in runs else []
-        if "-vit-" in name and epochs != 200:
-            continue
-        knn, knn_minutes, long_knn, linear = PUBLISHED.get(method, [None] * 4)
-        knn, probe = accuracy(own), [knn if epochs == 200 else long_knn, linear]
-        label = METHODS[method] + ", ViT-tiny" * (name in ("dino-vit-200", f"mae-{epochs}"))
-        if "ViT" in label:
-            probe, knn_minutes = [None] * 2, None  # published for a ResNet
-        published = [span([probe[0]]), f"{knn_minutes}" if knn_minutes else ""]
-        if epochs != 200:
-            published = [span([v]) for v in probe]
-        row = [label, *knn, *published, *cost(own)]
-        rows += with_best_layer(method, own, row)
-    own = [runs[f"simclr-{epochs}"]] if f"simclr-{epochs}" in runs else []
-    rows += [["ResNet-18 at random", *accuracy(own, "random"), *[""] * 5],
-             ["raw pixels", *accuracy(own, "pixels"), *[""] * 5]]
-    last = "published minutes" if epochs == 200 else "published linear"
+def gpu_table(runs, group="gpu"):
+    rows, first = [], [runs[name] for name, _ in RUNS[group][:1] if name in runs]  # a ResNet-18
+    for name, _ in RUNS[group]:
+        method, own = name.split("-")[0], [runs[name]] if name in runs else []
+        vit = method == "mae" or "-vit-" in name  # what is published is a ResNet's
+        knn, its_minutes, long_knn, linear = PUBLISHED.get("" if vit else method, [None] * 4)
+        published = (knn, its_minutes) if group == "gpu" else (long_knn, linear)
+        rows += with_best_layer(method, own, [
+            METHODS[method] + ", ViT-tiny" * vit, *accuracy(own),
+            *("" if value is None else f"{value}" for value in published), *cost(own)])
+    rows += [["ResNet-18 at random", *accuracy(first, "random"), *[""] * 5],
+             ["raw pixels", *accuracy(first, "pixels"), *[""] * 5]]
+    last = "its minutes" if group == "gpu" else "published linear"
     return table(f"method|kNN|probe|published kNN|{last}|images/s|minutes|GB", rows)
+
+
+def health_number(run, name):
+    """The last value of a health number, or of the ratio of two."""
+    last = [line for line in run["lines"] if "loss" in line][-1]
+    first, _, second = name.partition("/")
+    return f"{last[first] / (last[second] if second else 1):.3f}" if first in last else ""
 
 
 def ablation_table(runs):
     rows = []
-    for name, (_, health, lesson) in ABLATIONS.items():
-        cells = []
-        for run in runs.get(f"{name.split('-')[0]}-0"), runs.get(name):
-            last = [line for line in run["lines"] if "loss" in line][-1] if run else {}
-            cells.append([f"{last[health]:.3f}" if health in last else "",
-                          *(accuracy([run]) if run else ["", ""])])
-        rows.append([f"`{name}`", lesson, health,
-                     *(" → ".join(pair) if any(pair) else "" for pair in zip(*cells))])
-    return table("ablation|what it teaches|health|health: whole → ablated|kNN|probe", rows)
+    for name, (_, health, question) in ABLATIONS.items():
+        pair = [runs.get(f"{name.split('-')[0]}-0"), runs.get(name)]
+        cells = [""] * 3
+        if all(pair):
+            both = [[health_number(run, health), *accuracy([run])] for run in pair]
+            cells = [f"{whole} → {ablated}" for whole, ablated in zip(*both)]
+        rows.append([f"`{name}`", question, health, *cells])
+    return table("ablation|question|health|whole → ablated|kNN|probe", rows)
 
 
 def architecture_table(runs):
@@ -408,7 +419,7 @@ def report_table(run):
 
 
 TABLES = {"cpu": cpu_table, "cpu-cifar": lambda runs: cpu_table(runs, "-cifar"), "gpu": gpu_table,
-          "gpu-long": lambda runs: gpu_table(runs, 800), "ablation": ablation_table,
+          "gpu-long": lambda runs: gpu_table(runs, "gpu-long"), "ablation": ablation_table,
           "architecture": architecture_table, "summary": summary_table, "runs": runs_table}
 
 
@@ -449,8 +460,11 @@ def parse_args(argv=None):
 
 
 def main():
-    if sys.argv[1:2] == ["ablate"] and len(sys.argv) > 2 and sys.argv[2] in ABLATIONS:
-        return ablate(sys.argv[2], sys.argv[3:])
+    patches = [name for name, (change, *_) in ABLATIONS.items() if callable(change)]
+    if sys.argv[1:2] == ["ablate"]:
+        if sys.argv[2:3] and sys.argv[2] in patches:
+            return ablate(sys.argv[2], sys.argv[3:])
+        sys.exit(f"ablate one of {', '.join(patches)}; the others are flags of the scripts")
     args = parse_args()
     if args.group != "table":
         return measure(args)
