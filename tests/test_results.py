@@ -219,7 +219,7 @@ def test_an_ablation_is_made_kept_and_not_repeated(tmp_path, class_folders):
     def call(kept):
         return subprocess.run(
             [sys.executable, RESULTS / "measure.py", "ablation", "--only", "swav-no-sinkhorn",
-             "--flags", f"--data {class_folders} --recipe demo --epochs 1 -b 8 -j 0",
+             "--jobs", "9", "--flags", f"--data {class_folders} --recipe demo --epochs 1 -b 8 -j 0",
              "--results", tmp_path / kept], capture_output=True, text=True)
 
     done = call("kept")
@@ -271,8 +271,9 @@ def test_runs_are_stopped_continued_and_reported(tmp_path, monkeypatch, capsys):
     assert "bad-0: failed: error: it failed" in said and status == 1
     assert "3 runs of cpu are missing" in said and not (tmp_path / "kept").exists()
     status, said = call("--only", "good")
-    assert status == 1 or "good-0: kNN 1.0, probe 2.0" in said
-    status, said = call("--minutes", "1")
+    assert status == 0 and "good-0: kNN 1.0, probe 2.0" in said and "2/2 good-" in said
+    status, said = call()
+    assert status == 1 and "1/1 bad-0: failed" in said and "good" not in said
     assert handlers == {s: signal.getsignal(s) for s in handlers}
     assert {"good-0", "good-1"} == {folder.name for folder in (tmp_path / "kept").iterdir()}
     record = json.loads((tmp_path / "kept" / "good-1" / "run.json").read_text())
