@@ -180,12 +180,22 @@ def machine(gpu):
 def measure(args):
     """Run what is missing -> the exit status."""
     gpu = args.group.startswith("gpu")
-    cores, facts = machine(gpu)
+
+    def keep(name):
+        (args.results / name).mkdir(parents=True, exist_ok=True)
+        for file in "log.jsonl", "run.json":
+            shutil.copy(args.out / name / file, args.results / name / file)
+
+    todo = missing(args.group, args.results, args.only)
+    for name, _ in [run for run in todo if read_log(args.out / run[0])]:
+        keep(name)  # finished by a call whose results folder was another
+        todo = [run for run in todo if run[0] != name]
+        print(f"{name}: was finished, now kept", flush=True)
+    cores, facts = machine(gpu) if todo else (1, {})
     threads = max(1, cores // args.jobs)
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     if not gpu:
         env["CUDA_VISIBLE_DEVICES"] = ""
-    todo = missing(args.group, args.results, args.only)
     total, begin, running, walls, failed, stopped = len(todo), time.monotonic(), {}, [], 0, False
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -231,15 +241,6 @@ def measure(args):
             said = f"failed: {' '.join(last)}"
         print(f"{total - len(todo) - len(running)}/{total} {name}: {said}", flush=True)
 
-    def keep(name):
-        (args.results / name).mkdir(parents=True, exist_ok=True)
-        for file in "log.jsonl", "run.json":
-            shutil.copy(args.out / name / file, args.results / name / file)
-
-    for name, _ in [run for run in todo if read_log(args.out / run[0])]:
-        keep(name)  # finished by a call whose results folder was another
-        todo = [run for run in todo if run[0] != name]
-        print(f"{name}: was finished, now kept", flush=True)
     try:
         while todo or running:
             if time.monotonic() - begin > 60 * args.minutes:
