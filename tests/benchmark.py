@@ -68,11 +68,11 @@ def synchronize():
 
 
 def gemm_rate():
-    """FLOP/s of the best of 5 products: fp32 2048³ on the CPU, bf16 8192³ on CUDA."""
+    """FLOP/s of the best of 3 products: fp32 2048³ on the CPU, bf16 8192³ on CUDA."""
     cuda = torch.cuda.is_available()
     n, kind = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
     a, best = torch.randn(n, n, device="cuda" if cuda else "cpu", dtype=kind), math.inf
-    for _ in range(5):
+    for _ in range(3):
         synchronize()
         start = time.perf_counter()
         a @ a
@@ -113,11 +113,11 @@ def rate(function, seconds):
 
 
 def machine():
+    cpu = platform.processor() or platform.machine()
     with suppress(OSError, IndexError):
         cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
-        gpu = f"{torch.cuda.get_device_name()}, " * torch.cuda.is_available()
-        return f"{gpu}{cpu}, {os.cpu_count()} cores"
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{gpu}{cpu}, {os.cpu_count()} cores"
 
 
 def show(args, title, rows, gemm=(), threads=None):
@@ -433,7 +433,7 @@ def loop(args, arch="resnet8", recipe="demo"):
     cuda = torch.cuda.is_available()
     flags = ["--data", args.data, "--recipe", recipe, "-b", str(args.batch_size), "--epochs", "50",
              *(["--max-images", str(args.images)] if args.images else [])]
-    ours = lambda: child(throughput, method="simclr", flags=flags, steps=args.steps)["images_per_s"]
+    ours = lambda: child(throughput, method="simclr", flags=flags, steps=args.steps or 40)["images_per_s"]
     contestants = {"simclr.py": ours}
     ours()  # fills the cache of decoded images
     if not missing("lightly.transforms", "lightly"):
@@ -442,7 +442,7 @@ def loop(args, arch="resnet8", recipe="demo"):
             name = f"lightly, {workers} workers, {threads or 'default'} threads"
             contestants[name] = lambda workers=workers, threads=threads: child(
                 peer_loop, threads=threads, data=args.data, arch=arch, size=32,
-                batch=args.batch_size, workers=workers, steps=args.steps)["images_per_s"]
+                batch=args.batch_size, workers=workers, steps=args.steps or 40)["images_per_s"]
     figures, gemm = alternate(contestants, args.rounds)
     best = median(figures["simclr.py"])
     show(args, f"Training loop, {arch}, batch {args.batch_size}, images/s",
@@ -456,7 +456,8 @@ def step(args, without="augmentation"):
     cuda = torch.cuda.is_available()
     for method in args.methods:
         flags = ["--recipe", "cifar", "--data", args.data] if cuda else ["--epochs", "100"]
-        found = child(blocks, method=method, flags=flags, without=without, rounds=args.rounds)
+        found = child(blocks, method=method, flags=flags, without=without, rounds=args.rounds,
+                      block=args.steps or 10)
         gemms += found["gemm"]
         pairs = list(zip(found["with"], found["without"], found["gemm"]))
         full, bare = median(found["with"]), median(found["without"])
@@ -507,7 +508,7 @@ def start(args):
     show(args, f"Start, seconds", [{"what": name, "median": median(f), "best": min(f),
                                     "it / imports": median(f) / base} for name, f in figures.items()],
          gemm)
-    used = child(throughput, method="simclr", flags=first_step[1:], steps=args.steps)
+    used = child(throughput, method="simclr", flags=first_step[1:], steps=args.steps or 40)
     base = child(imports)
     bound = base + 1.5 * used["images"] + used["state"]
     show(args, "Memory of simclr.py on that folder, MiB", [
@@ -596,7 +597,7 @@ def scaling(args):
         threads = max(1, cores // processes) if processes else None
         gemm.append(gemm_rate())
         starts = [child(throughput, processes=processes, threads=threads, method="simclr",
-                        flags=flags, steps=args.steps) for _ in range(2)]
+                        flags=flags, steps=args.steps or 40) for _ in range(2)]
         last = starts[1]
         rows.append({"simclr.py with": name, "first start, s": starts[0]["first"],
                      "second start, s": last["first"], "images/s": last["images_per_s"],
@@ -812,7 +813,7 @@ def main(argv=None):
     add("--json", metavar="FILE", type=os.path.abspath, help="append each table to this file")
     add("--rounds", type=int, default=4, help="alternations (default 4)")
     add("--seconds", type=float, default=1.5, help="of a pipeline in a round (default 1.5)")
-    add("--steps", type=int, default=40, help="of a loop in a round, more than 12 (default 40)")
+    add("--steps", type=int, help="of a loop in a round, more than 12 (default 40); of a block (10)")
     add("--batch-size", type=int, help="of loop (default 256) and gpu-vit (128)")
     add("--images", type=int, help="training images, of loop (all) and evaluation (10,000)")
     add("--epochs", type=int, default=100, help="of the re-encoding protocol (default 100)")
