@@ -33,6 +33,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,7 @@ STARTED = time.perf_counter()
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
@@ -144,7 +146,7 @@ def show(args, title, rows, gemm=(), threads=None):
 def cell(value):
     """A number with three significant digits at least."""
     if isinstance(value, float):
-        return f"{value:,.{max(0, 2 - int(math.log10(abs(value) or 1)))}f}" if value == value else ""
+        return f"{value:,.{max(0, 2 - int(math.log10(abs(value) or 1)))}f}" * (value == value)
     return str(value)
 
 
@@ -180,7 +182,7 @@ def drive(method, flags, visit, **patches):
     """`method`.train with `flags`; its loop gets what visit(run, steps) yields, then ends.
     patches: attributes of common.py to be replaced."""
     common, module = importlib.import_module("common"), importlib.import_module(method)
-    original = common.Run.steps
+    original, handlers = common.Run.steps, {s: signal.getsignal(s) for s in (2, 15)}
 
     def steps(run):
         yield from visit(run, original(run))
@@ -189,6 +191,8 @@ def drive(method, flags, visit, **patches):
     with mock.patch.multiple(common, **patches) if patches else nullcontext(), \
             mock.patch.object(common.Run, "steps", steps), suppress(Done):
         module.train(module.parse_args(flags))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)  # they held the run, and with it worker processes
 
 
 def tensors(value):
@@ -210,8 +214,9 @@ def throughput(method, flags, steps=40, warm=5, stream=False):
                 synchronize()
                 found[i + 1] = time.perf_counter()
         sets = [s.pixels for s in (run.train_set, run.test_set) if s and s.pixels is not None]
-        found.update(images_per_s=run.args.batch_size * (steps - warm) / (found[steps] - found[warm]),
-                     first=found[1] - STARTED, images=tensors(sets), peak=peak_memory(),
+        seconds = (found[steps] - found[warm]) / (steps - warm)
+        found.update(images_per_s=run.args.batch_size / seconds, peak=peak_memory(),
+                     first=found[1] - STARTED, images=tensors(sets),
                      state=tensors([run.model.state_dict(), run.optimizer.state_dict()]),
                      count=len(run.train_set), gpu=torch.cuda.max_memory_allocated())
 
@@ -288,7 +293,8 @@ def peer_loop(data, arch, size, batch, workers, steps=40, warm=12):
     while step < steps:
         for (view1, view2), _ in loader:
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                z1, z2 = (model.projector(model.backbone(view.to(device))) for view in (view1, view2))
+                z1 = model.projector(model.backbone(view1.to(device)))
+                z2 = model.projector(model.backbone(view2.to(device)))
                 loss = criterion(z1.float(), z2.float())
             loss.backward()
             optimizer.step()
@@ -324,8 +330,9 @@ def our_augment(size, blur):
     from common import (Augment, ColorJitter, GaussianBlur, Normalize, RandomGrayscale,
                         RandomHorizontalFlip, RandomResizedCrop)
 
-    return Augment([RandomResizedCrop(size), RandomHorizontalFlip(), ColorJitter(0.4, 0.4, 0.4, 0.1),
-                    RandomGrayscale(), GaussianBlur(blur), Normalize()])
+    return Augment([RandomResizedCrop(size), RandomHorizontalFlip(),
+                    ColorJitter(0.4, 0.4, 0.4, 0.1), RandomGrayscale(), GaussianBlur(blur),
+                    Normalize()])
 
 
 def files_and_set(folder, size, count):
@@ -433,7 +440,11 @@ def loop(args, arch="resnet8", recipe="demo"):
     cuda = torch.cuda.is_available()
     flags = ["--data", args.data, "--recipe", recipe, "-b", str(args.batch_size), "--epochs", "50",
              *(["--max-images", str(args.images)] if args.images else [])]
-    ours = lambda: child(throughput, method="simclr", flags=flags, steps=args.steps or 40)["images_per_s"]
+
+    def ours():
+        return child(throughput, method="simclr", flags=flags,
+                     steps=args.steps or 40)["images_per_s"]
+
     contestants = {"simclr.py": ours}
     ours()  # fills the cache of decoded images
     if not missing("lightly.transforms", "lightly"):
@@ -483,8 +494,9 @@ def until(command, word):
     else:
         process.wait()
     seconds = time.perf_counter() - start
-    process.terminate()
-    process.communicate()
+    process.kill()
+    process.stdout.close()
+    process.wait()
     return seconds, float(peak)
 
 
@@ -500,14 +512,14 @@ def start(args):
         shutil.rmtree("data/cache", ignore_errors=True)
         return until(first_step, "step 1/")[0]
 
-    figures, gemm = alternate({"imports of torch and torchvision": lambda: until(bare, None)[0],
-                               "first start to the first step": first,
-                               "second start to the first step": lambda: until(first_step, "step 1/")[0]},
-                              2 * args.rounds // 2)
+    figures, gemm = alternate({  # reversed rounds follow a first start, too: the cache is there
+        "imports of torch and torchvision": lambda: until(bare, None)[0],
+        "first start to the first step": first,
+        "second start to the first step": lambda: until(first_step, "step 1/")[0]}, args.rounds)
     base = median(figures["imports of torch and torchvision"])
-    show(args, f"Start, seconds", [{"what": name, "median": median(f), "best": min(f),
-                                    "it / imports": median(f) / base} for name, f in figures.items()],
-         gemm)
+    show(args, "Start, seconds", [
+        {"what": name, "median": median(f), "best": min(f), "it / imports": median(f) / base}
+        for name, f in figures.items()], gemm)
     used = child(throughput, method="simclr", flags=first_step[1:], steps=args.steps or 40)
     base = child(imports)
     bound = base + 1.5 * used["images"] + used["state"]
@@ -518,10 +530,12 @@ def start(args):
             "imports, 1.5 × images, model and optimizer": bound}.items()])
     seconds, peak = until([str(ROOT / "simclr.py")], None)
     steps = 5 * (5000 // 128)  # of the demonstration
-    bare = child(blocks, method="simclr", flags=["--epochs", "50"], without="augmentation", rounds=2)
+    bare = child(blocks, method="simclr", flags=["--epochs", "50"], without="augmentation",
+                 rounds=2)
+    step_seconds = median(bare["without"])
     show(args, "python simclr.py, from the command to the report", [
         {"what": "seconds", "value": seconds},
-        {"what": "seconds of its steps without augmentation", "value": steps * median(bare["without"])},
+        {"what": "seconds of as many steps without augmentation", "value": steps * step_seconds},
         {"what": "peak memory, MiB", "value": peak / MIB}], bare["gemm"])
 
 
@@ -529,7 +543,8 @@ def evaluation(args):
     from common import Augment, Normalize, RandomHorizontalFlip, RandomResizedCrop, load_data
     from linear_probe import extract_features, knn, labelled_features, linear_probe, load_backbone
 
-    count, device = args.images or 10000, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    count = args.images or 10000
     if not args.checkpoint:
         command = ["simclr.py", "--data", args.data, "--recipe", "demo", "--max-images", str(count)]
         until([str(ROOT / command[0]), *command[1:], "--out", "evaluated"], None)
@@ -563,8 +578,9 @@ def evaluation(args):
             with torch.no_grad():
                 features = backbone(view(images, aspect))
             labels = train.labels[rows].to(device)
+            losses = [F.cross_entropy(head(features), labels) for head in heads]
             optimizer.zero_grad()
-            sum(torch.nn.functional.cross_entropy(head(features), labels) for head in heads).backward()
+            sum(losses).backward()
             optimizer.step()
         schedule.step()
         if epoch % 10 == 9:
@@ -654,9 +670,8 @@ def network(args):
     rows = []
     for method in args.methods:
         batch = importlib.import_module(method).RECIPES["batch_size"][2]
-        small, large = (child(traffic, method=method, flags=["--recipe", "imagenet", "-b", str(b),
-                                                             "--max-images", "64", "--device", "cpu"])
-                        for b in (16, 32))
+        flags = "--recipe imagenet --max-images 64 --device cpu -b".split()
+        small, large = (child(traffic, method=method, flags=flags + [b]) for b in ("16", "32"))
         sizes = {kind: small[kind] + (large[kind] - small[kind]) / 16 * (batch - 16)
                  for kind in small}
         ring = 2 * 7 / 8 * (sum(sizes.values()) - sizes["buffers"]) + sizes["buffers"]
@@ -789,10 +804,12 @@ def gpu_decode(args):
         order = (torch.arange(len(files)).repeat(5)).split(50)
         return sum(len(batch) for batch, _ in images.batches(order, cuda))
 
-    figures, gemm = alternate({name: lambda f=f: rate(f, args.seconds) for name, f in {
-        "decode_jpeg on the device": device, "PIL in worker processes": workers}.items()}, args.rounds)
+    figures, gemm = alternate({
+        "decode_jpeg on the device": lambda: rate(device, args.seconds),
+        "PIL in worker processes": lambda: rate(workers, args.seconds)}, args.rounds)
     show(args, "Decoding of photographs, images/s", [
-        {"decoder": name, "median": median(f), "best": max(f)} for name, f in figures.items()], gemm)
+        {"decoder": name, "median": median(f), "best": max(f)}
+        for name, f in figures.items()], gemm)
 
 
 # ---------------------------------------------------------------------------------------- command
@@ -813,7 +830,7 @@ def main(argv=None):
     add("--json", metavar="FILE", type=os.path.abspath, help="append each table to this file")
     add("--rounds", type=int, default=4, help="alternations (default 4)")
     add("--seconds", type=float, default=1.5, help="of a pipeline in a round (default 1.5)")
-    add("--steps", type=int, help="of a loop in a round, more than 12 (default 40); of a block (10)")
+    add("--steps", type=int, help="of a loop, more than 12 (default 40); of a block (default 10)")
     add("--batch-size", type=int, help="of loop (default 256) and gpu-vit (128)")
     add("--images", type=int, help="training images, of loop (all) and evaluation (10,000)")
     add("--epochs", type=int, default=100, help="of the re-encoding protocol (default 100)")
