@@ -26,6 +26,7 @@ Nothing is installed: a row whose peer is missing is left out, and a line says h
 """
 
 import argparse
+import gc
 import importlib
 import itertools
 import json
@@ -192,7 +193,8 @@ def drive(method, flags, visit, **patches):
             mock.patch.object(common.Run, "steps", steps), suppress(Done):
         module.train(module.parse_args(flags))
     for number, handler in handlers.items():
-        signal.signal(number, handler)  # they held the run, and with it worker processes
+        signal.signal(number, handler)
+    gc.collect()  # ends worker processes of loaders; at exit, Python would wait for them
 
 
 def tensors(value):
@@ -634,7 +636,8 @@ def traffic(method, flags, world=8):
 
     def all_reduce(x, *_):
         if counting:
-            kind = "statistics" if x.dim() < 2 else "embeddings" if x.dim() < 5 else "images"
+            vector = x.numel() == max(x.shape, default=1)
+            kind = "statistics" if vector else "embeddings" if x.dim() < 5 else "images"
             counted[kind] += x.nbytes
 
     def hook(_, bucket):
