@@ -280,8 +280,8 @@ def blocks(method, flags, without, rounds=4, block=10):
     return found
 
 
-def peer_loop(data, arch, size, batch, workers, steps=40, warm=12):
-    """lightly's example of SimCLR on our network, steady images/s. warm: past its full queue."""
+def peer_loop(data, arch, size, batch, workers, steps):
+    """lightly's example of SimCLR on our network, steady images/s, after its first full queue."""
     from common import make_backbone
     from lightly.loss import NTXentLoss
     from simclr import SimCLR
@@ -290,7 +290,7 @@ def peer_loop(data, arch, size, batch, workers, steps=40, warm=12):
     backbone = make_backbone(arch, size)
     model = SimCLR(backbone, backbone.feature_dim).to(device)
     loader = peer_loader(data, peer_transform(size, blur=0.0), batch, workers)
-    criterion, marks, step = NTXentLoss(), {}, 0
+    criterion, marks, step, warm = NTXentLoss(), {}, 0, 8 + 2 * workers
     optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
     while step < steps:
         for (view1, view2), _ in loader:
@@ -688,7 +688,7 @@ def network(args):
 
 
 def gpu_simclr(args):
-    args.batch_size = 512
+    args.batch_size, args.steps = 512, args.steps or 200
     images_per_s, gemm = loop(args, "resnet18", "cifar")
     flags = ["--data", args.data, "--recipe", "cifar"]
     found = child(blocks, method="simclr", flags=flags, without="augmentation", rounds=2)
