@@ -88,8 +88,9 @@ def number(kind, low, high=math.inf, above=False):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or math.isinf(value) or (above and value == low):
-            limits = f"{'above' if above else 'at least'} {low} and at most {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not finite, {limits}")
+            limit = f" and at most {high}" if high < math.inf else ", and finite"
+            raise argparse.ArgumentTypeError(
+                f"{text} is not {'above' if above else 'at least'} {low}{limit}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says it where `kind` itself refuses the text
@@ -123,12 +124,12 @@ class ArgumentParser(argparse.ArgumentParser):
         add("--data", metavar="PATH",
             help="folder of images, or name of a torchvision set; none: the small built-in set")
         add("--recipe", choices=recipes["recipe"], help="column of RECIPES; none: demo without "
-            "--data, cifar where the median side is at most 64 pixels, else imagenet")
+            "--data, cifar for a median side of at most 64 pixels, else imagenet")
         add("--out", metavar="FOLDER", help="the run's folder; none: a new one in runs/")
         add("--resume", action="store_true", help="continue the run in --out, or the latest one")
         add("--init", metavar="FILE", help="backbone weights to start from")
-        add("-a", "--arch", type=arch or architecture, help="resnet8 (3 blocks, for a CPU), resnet18"
-            ", 34, 50, 101, 152, vgg11_bn, 13, 16, 19; wider: resnet18x2" + other_archs)
+        add("-a", "--arch", type=arch or architecture,
+            help=f"{ARCHS}; with a width: resnet18x2{other_archs}")
         add("--epochs", type=number(int, 0), help="passes over the training images")
         add("--warmup-epochs", type=number(float, 0), help="epochs of linear warm-up")
         add("-b", "--batch-size", type=number(int, 2), help="images per step, over all processes")
@@ -254,19 +255,19 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation over the batches of all processes, for the CPU: torch's needs a GPU."""
 
     def forward(self, x):
-        if self.training:
-            dims, count = [0, *range(2, x.dim())], x.numel() // x.shape[1] * world_size()
-            mean = all_sum(x.sum(dims, keepdim=True)) / count
-            x = x - mean
-            var = all_sum(x.square().sum(dims, keepdim=True)) / count
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean.flatten(), self.momentum)
-                self.running_var.lerp_(var.flatten() * count / (count - 1), self.momentum)
-            x = x * (var + self.eps).rsqrt()
-            return x * self.weight.view_as(mean) + self.bias.view_as(mean) if self.affine else x
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
-                            eps=self.eps)
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
+                                eps=self.eps)
+        dims, count = [0, *range(2, x.dim())], x.numel() // x.shape[1] * world_size()
+        mean = all_sum(x.sum(dims, keepdim=True)) / count
+        x = x - mean
+        var = all_sum(x.square().sum(dims, keepdim=True)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_var.lerp_(var.flatten() * count / (count - 1), self.momentum)
+        x = x * (var + self.eps).rsqrt()
+        return x * self.weight.view_as(mean) + self.bias.view_as(mean) if self.affine else x
 
 
 def sync_batch_norm(model):
@@ -345,12 +346,16 @@ class ImageSet(Dataset):
     def __len__(self):
         return len(self.names)
 
-    def subset(self, indices):
-        source, names = ([values[i] for i in indices] for values in (self.source, self.names))
-        chosen = ImageSet(source, names, self.labels[indices], self.classes)
+    def hashes(self):
+        return torch.tensor([zlib.crc32(os.fsencode(name)) for name in self.names])
+
+    def subset(self, chosen):
+        """chosen: (N,) bool"""
+        source, names = (list(itertools.compress(v, chosen)) for v in (self.source, self.names))
+        subset = ImageSet(source, names, self.labels[chosen], self.classes)
         if self.pixels is not None:
-            chosen.pixels, chosen.aspect = self.pixels[indices], self.aspect[indices]
-        return chosen
+            subset.pixels, subset.aspect = self.pixels[chosen], self.aspect[chosen]
+        return subset
 
     def __getitem__(self, i):
         """-> uint8 (3, S, S), width / height, i, and why it is the next readable image instead."""
@@ -451,12 +456,8 @@ def progress(items, what, total):
         yield item
         now = time.monotonic()
         if now - last > 5 and rank() == 0:
-            last, left = now, (now - start) / done * (total - done)
-            print(f"{what}: {done / total:.0%}, {clock(left)} left", flush=True)
-
-
-def clock(seconds):
-    return timedelta(seconds=round(seconds))  # prints as 0:02:05
+            last, left = now, timedelta(seconds=round((now - start) / done * (total - done)))
+            print(f"{what}: {done / total:.0%}, {left} left", flush=True)
 
 
 def find_sets(data):
@@ -470,41 +471,36 @@ def find_sets(data):
     root, test = Path(data), None
     if root.exists() and not root.is_dir():
         raise Failure(f"--data {data} is a file; a folder of images is needed")
-    if not root.is_dir():
+    if not root.exists():
         train, test = torchvision_sets(data)
     elif not (root / "train").is_dir():
-        train = folder_set((root, root))
+        train = folder_set(root)
     else:
-        more = [(root / "unlabeled", root)] if (root / "unlabeled").is_dir() else []
-        train = folder_set((root / "train", root / "train"), *more)
-        folder = next(filter(Path.is_dir, map(root.joinpath, ("val", "test", "validation"))), None)
-        if folder and train.classes:
-            test = folder_set((folder, folder), classes=train.classes)
-            test = test.subset((test.labels >= 0).nonzero().flatten().tolist())
+        train = folder_set(*filter(Path.is_dir, (root / "train", root / "unlabeled")))
+        held_out = [f for f in ("val", "test", "validation") if (root / f).is_dir()]
+        if held_out and train.classes:
+            test = folder_set(root / held_out[0], classes=train.classes)
+            test = test.subset(test.labels >= 0)
     if not len(train):
         raise Failure(f"no images below {data} (looked for {' '.join(EXTENSIONS)})")
     if test is None and train.classes:
-        held_out = torch.tensor([zlib.crc32(os.fsencode(n)) % 10 == 0 for n in train.names])
-        held_out &= train.labels >= 0
-        test = train.subset(held_out.nonzero().flatten().tolist())
-        train = train.subset((~held_out).nonzero().flatten().tolist())
+        held_out = (train.hashes() % 10 == 0) & (train.labels >= 0)
+        train, test = train.subset(~held_out), train.subset(held_out)
     return train, test if test and train.classes else None
 
 
 def folder_set(*folders, classes=None):
-    """folders: (folder of images, folder that their names start from). The first part of a name is
-    the class, if there are two or more."""
-    files = [(file, os.path.relpath(file, base)) for folder, base in folders
-             for file in find_images(folder)]
-    first = [name.split(os.sep)[0] if os.sep in name else "unlabeled" for _, name in files]
-    found = sorted(set(first) - {"unlabeled"})
-    if classes and set(found) - set(classes):
-        raise Failure(f"{folders[0][0]} has the class {min(set(found) - set(classes))!r}, which the "
-                      "training images have not")
+    """The images of the folders, with names that start from the first, or from beside it. The first
+    part of a name is the class, if there are two or more; "unlabeled" is none."""
+    files = [file for folder in folders for file in find_images(folder)]
+    names = [os.path.relpath(file, folders[0]).removeprefix(".." + os.sep) for file in files]
+    parts = [name.split(os.sep)[0] if os.sep in name else "unlabeled" for name in names]
+    found = sorted(set(parts) - {"unlabeled"})
     classes = classes or (found if len(found) > 1 else [])
+    if unknown := classes and set(found) - set(classes):
+        raise Failure(f"{folders[0]} has a class {min(unknown)!r} that the training images lack")
     index = {name: i for i, name in enumerate(classes)}
-    return ImageSet([file for file, _ in files], [name for _, name in files],
-                    [index.get(name, -1) for name in first], classes)
+    return ImageSet(files, names, [index.get(part, -1) for part in parts], classes)
 
 
 def torchvision_sets(name):
@@ -512,8 +508,8 @@ def torchvision_sets(name):
     known = {n.lower(): getattr(torchvision.datasets, n) for n in torchvision.datasets.__all__}
     if name.lower() not in known:
         raise Failure(f"--data {name}: no such folder, and no torchvision set of that name")
-    make = known[name.lower()]
-    flags, sets = inspect.signature(make).parameters, []
+    make, sets = known[name.lower()], []
+    flags = inspect.signature(make).parameters
     fixed = {k: v for k, v in {"root": "data", "download": True}.items() if k in flags}
     first = "train+unlabeled" if name.lower() == "stl10" else "train"
     choices = ([{"train": True}, {"train": False}] if "train" in flags else
@@ -523,22 +519,14 @@ def torchvision_sets(name):
             dataset = make(**fixed, **choice)
         except Exception as error:  # no network, a wrong checksum, a set that wants more flags
             raise Failure(f"torchvision cannot load {name}: {error}")
-        images = range(len(dataset))
-        labels = next((getattr(dataset, attribute) for attribute in ("targets", "labels", "_labels")
-                       if hasattr(dataset, attribute)), None)
-        labels = np.asarray([dataset[i][1] for i in images] if labels is None else labels)
+        found = [a for a in ("targets", "labels", "_labels") if hasattr(dataset, a)]
+        labels = getattr(dataset, found[0]) if found else [label for _, label in dataset]
+        labels = np.asarray(labels)
         classes = getattr(dataset, "classes", None) or np.unique(labels[labels >= 0])
-        sets.append(ImageSet([(dataset, i) for i in images], [f"{name}/{choice}/{i}" for i in images],
+        sets.append(ImageSet([(dataset, i) for i in range(len(dataset))],
+                             [f"{name}/{choice}/{i}" for i in range(len(dataset))],
                              labels, [str(c) for c in classes]))
     return sets[0], sets[1] if len(sets) > 1 else None
-
-
-def builtin_set(name, count, seed):
-    pixels, labels = builtin_images(count, seed)
-    names = [f"{name}/{i}" for i in range(count)]
-    images = ImageSet([None] * count, names, labels, BUILTIN_CLASSES)
-    images.pixels, images.aspect = pixels, torch.ones(count)
-    return images
 
 
 def load_data(data, image_size, max_images=None, workers=0, device=torch.device("cpu")):
@@ -551,8 +539,8 @@ def load_data(data, image_size, max_images=None, workers=0, device=torch.device(
     with first_process_first():
         train, test = find_sets(data)
     if max_images and max_images < len(train):
-        order = sorted(range(len(train)), key=lambda i: zlib.crc32(os.fsencode(train.names[i])))
-        train = train.subset(sorted(order[:max_images]))
+        order = train.hashes().argsort(stable=True)
+        train = train.subset(order.argsort() < max_images)
     canvas = min(max(image_size * 8 // 7, 64), train.median_side())
     for images in filter(None, (train, test)):
         images.decode(canvas, workers, device)
@@ -571,41 +559,43 @@ def load_data(data, image_size, max_images=None, workers=0, device=torch.device(
 # brightness, contrast, scale, angle and outline say nothing about it, and light falls from above.
 
 
-def _alternate(v, even, odd):
+def alternate(v, even, odd):
     """`even` and `odd` on alternate rows of the pattern, whose rows are 2π high in `v`; smooth."""
     return even + (odd - even) * torch.sigmoid(6 * sin(v / 2))
 
 
-def _saw(t):
+def saw(t):
     return (sin(t) - sin(2 * t) / 2 + sin(3 * t) / 3) / 1.5
 
 
-_RELIEFS = {  # height, about -1 to 1, at (u, v) or at polar (r, w), all in radians of the pattern
+RELIEFS = {  # height, about -1 to 1, at (u, v) or at polar (r, w), all in radians of the pattern
     "waves": lambda u, v, r, w: sin(v + 1.6 * sin(u / 2)),
     "ribs": lambda u, v, r, w: tanh(2 * sin(u)),
     "zigzag": lambda u, v, r, w: tanh(2 * sin(v + 2.6 * torch.asin(0.98 * sin(u / 2.5)))),
     "studs": lambda u, v, r, w: 2 * torch.exp(1.2 * (cos(u) + cos(v) - 2)) - 1,
     "checks": lambda u, v, r, w: tanh(3 * sin(u / 2) * sin(v / 2)),
     "bricks": lambda u, v, r, w: 1 - 2 * torch.maximum(
-        cos(v / 2) ** 16, _alternate(v, sin(u / 4) ** 16, cos(u / 4) ** 16)),
-    "scales": lambda u, v, r, w: _saw(
-        v + 2.5 * _alternate(v, sin(u / 2).abs(), cos(u / 2).abs())),
+        cos(v / 2) ** 16, alternate(v, sin(u / 4) ** 16, cos(u / 4) ** 16)),
+    "scales": lambda u, v, r, w: saw(
+        v + 2.5 * alternate(v, sin(u / 2).abs(), cos(u / 2).abs())),
     "rings": lambda u, v, r, w: sin(r),
     "rays": lambda u, v, r, w: tanh(2 * sin(w)),
     "net": lambda u, v, r, w: 2 * torch.maximum(
         cos((u + v) / 3.2) ** 8, cos((u - v) / 3.2) ** 8) - 1,
 }
-BUILTIN_CLASSES = list(_RELIEFS)
 
 
-def builtin_images(count, seed):
-    """Images uint8 (count, 3, 32, 32), labels int64 (count,); the same anywhere to a grey level."""
+def builtin_set(name, count, seed):
+    """-> decoded ImageSet of `count` images of 32 x 32 pixels; the same anywhere to a grey level."""
     generator = torch.Generator().manual_seed(seed)
-    images, labels = torch.empty(count, 3, 32, 32, dtype=torch.uint8), torch.arange(count) % 10
+    names, labels = [f"{name}/{i}" for i in range(count)], torch.arange(count) % 10
+    image_set = ImageSet([None] * count, names, labels, [*RELIEFS])
+    image_set.aspect = torch.ones(count)
+    image_set.pixels = torch.empty(count, 3, 32, 32, dtype=torch.uint8)
     axis = torch.arange(33) / 16 - 1  # -1 to 1, downwards for y; one more than 32 for the slopes
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    for label, relief in enumerate(list(_RELIEFS.values())[:count]):
-        rows = images[label::10]
+    for label, relief in enumerate(list(RELIEFS.values())[:count]):
+        rows = image_set.pixels[label::10]
 
         def draw(low, high, *channels):
             shape = len(rows), *channels, 1, 1
@@ -632,7 +622,8 @@ def builtin_images(count, seed):
         front, back = (inside * front)[:, None], ((1 - inside) * back)[:, None]
         pixels = draw(0.96, 1.04, 3) * front + draw(0.96, 1.04, 3) * back
         rows.copy_((255 * pixels).round().clamp(0, 255))
-    return images, labels
+    return image_set
+
 
 # --------------------------------------------------------------------------------- augmentation
 # Operations on a batch of float images x (B, 3, H, W) in [0, 1], each image with its own parameter
@@ -757,21 +748,19 @@ class RandomResizedCrop:
     interpolation: str = "bilinear"
 
     def draw(self, images, aspect):
-        n, canvas, device = len(images), images.shape[3], images.device
-        height, width = torch.full_like(aspect, canvas), (canvas * aspect).round().clamp(min=1)
-        image = torch.stack([height, width], 1)
-        low, high = self.scale
-        area = image.prod(1, keepdim=True) * uniform(n, 10, device=device, low=low, high=high)
-        log_ratio = math.log(4 / 3) * uniform(n, 10, device=device, low=-1)
-        tries = torch.stack([area / log_ratio.exp(), area * log_ratio.exp()], 2).sqrt().round()
+        draw, canvas = partial(uniform, len(images), device=images.device), images.shape[3]
+        width = (canvas * aspect).round().clamp(min=1)
+        image = torch.stack([torch.full_like(width, canvas), width], 1)
+        area = image.prod(1, keepdim=True) * draw(10, low=self.scale[0], high=self.scale[1])
+        ratio = (math.log(4 / 3) * draw(10, low=-1)).exp()
+        tries = torch.stack([area / ratio, area * ratio], 2).sqrt().round()
         fallback = torch.minimum(image, (image.flip(1) * 4 / 3).round())  # as much as ratios allow
         sides = torch.cat([tries, fallback[:, None]], 1)  # (B, 11, 2): height, width
         fits = ((sides > 0) & (sides <= image[:, None])).all(2)
         first = fits.int().argmax(1, keepdim=True)
         sides = sides.take_along_dim(first[:, None], 1).squeeze(1)
         room = image - sides
-        anywhere = uniform(n, 2, device=device) * (room + 1)
-        corner = torch.where(first < 10, anywhere, room / 2).floor()
+        corner = torch.where(first < 10, draw(2) * (room + 1), room / 2).floor()
         boxes = torch.cat([corner, sides], 1) * (canvas / image).repeat(1, 2)
         return [(partial(resized_crop, size=self.size, interpolation=self.interpolation), boxes)]
 
@@ -889,35 +878,27 @@ DEPTHS = {"resnet8": (BasicBlock, (1, 1, 1)), "resnet18": (BasicBlock, (2, 2, 2,
           "resnet101": (Bottleneck, (3, 4, 23, 3)), "resnet152": (Bottleneck, (3, 8, 36, 3))}
 STEMS = {"imagenet": (7, 2), "cifar": (3, 1), "tiny": (3, 2)}  # kernel and stride of conv1
 VGGS = {"vgg11_bn": "A", "vgg13_bn": "B", "vgg16_bn": "D", "vgg19_bn": "E"}  # the paper's names
+ARCHS = ", ".join([*DEPTHS, *VGGS])
 
 
-class ResNet(nn.Module):
-    """ResNet (He et al., 2016) without `fc`: (B, 3, H, W) -> (B, C). torchvision's at width 1 with
-    the imagenet stem, key for key; the other stems, for small images, have no max-pooling.
-    `stages` names the submodules where the resolution is about to fall, the last one included."""
+class ResNet(torchvision.models.ResNet):
+    """ResNet (He et al., 2016) without `fc`, of any width and number of stages: (B, 3, H, W) ->
+    (B, C). With the imagenet stem it is torchvision's; the stems for small images do not pool.
+    `stages`: names of the submodules after which features can be taken."""
 
     def __init__(self, block, layers, width=1.0, stem="imagenet", zero_init_residual=False):
-        super().__init__()
-        kernel, stride = STEMS[stem]
-        channels = planes = round(64 * width)
-        self.conv1 = nn.Conv2d(3, channels, kernel, stride, kernel // 2, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        nn.Module.__init__(self)  # torchvision's has one width
+        (kernel, stride), self.inplanes = STEMS[stem], round(64 * width)
+        self._norm_layer, self.groups, self.base_width, self.dilation = nn.BatchNorm2d, 1, 64, 1
+        self.conv1 = nn.Conv2d(3, self.inplanes, kernel, stride, kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(self.inplanes)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
         self.stages = [f"layer{i + 1}" for i in range(len(layers))]
-        for stage, depth in zip(self.stages, layers):
-            blocks = []
-            for i in range(depth):
-                stride = 2 if i == 0 and stage != "layer1" else 1
-                shortcut = None
-                if stride > 1 or channels != planes * block.expansion:
-                    conv = nn.Conv2d(channels, planes * block.expansion, 1, stride, bias=False)
-                    shortcut = nn.Sequential(conv, nn.BatchNorm2d(planes * block.expansion))
-                blocks.append(block(channels, planes, stride, shortcut))
-                channels = planes * block.expansion
-            self.add_module(stage, nn.Sequential(*blocks))
-            planes *= 2
-        self.feature_dim = channels
+        planes = [round(64 * width) * 2**i for i in range(len(layers))]
+        for stage, *shape in zip(self.stages, planes, layers, (1, 2, 2, 2)):
+            self.add_module(stage, self._make_layer(block, *shape))
+        self.feature_dim = self.inplanes
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -932,9 +913,8 @@ class ResNet(nn.Module):
 
 
 class VGG(nn.Module):
-    """VGG with BN (Simonyan and Zisserman, 2015) without its three linear layers: (B, 3, H, W) ->
-    (B, C), the mean of torchvision's `features`, key for key. layers: channels of a convolution, or
-    "M" for the max-pooling that ends one of the five `stages`."""
+    """VGG with BN (Simonyan and Zisserman, 2015): (B, 3, H, W) -> (B, C), the mean of torchvision's
+    `features`, of any width. layers: channels of convolutions, "M" for max-pooling."""
 
     def __init__(self, layers):
         super().__init__()
@@ -949,17 +929,16 @@ class VGG(nn.Module):
 
     def forward(self, x):
         if min(x.shape[2:]) < 32:
-            raise Failure("a VGG halves images five times: they need at least 32 pixels")
+            raise Failure("a VGG halves its images five times: they need 32 pixels at least")
         return self.features(x).mean((2, 3))
 
 
 def architecture(text):
     """An argparse type: a name of DEPTHS or VGGS, or such a name times a width ("resnet18x2")."""
     name, _, width = text.partition("x")
-    if not (name in DEPTHS or name in VGGS) or not re.fullmatch(r"(\d+(\.\d+)?)?", width) or \
-            round(32 * float(width or 1)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join([*DEPTHS, *VGGS])}, nor "
-                                         "one of them with a width, as resnet18x2")
+    known = name in DEPTHS or name in VGGS
+    if not known or not re.fullmatch(r"(\d+(\.\d+)?)?", width) or float(width or 1) < 1 / 32:
+        raise argparse.ArgumentTypeError(f"{text} is none of {ARCHS}, nor such a name and a width")
     return text
 
 
@@ -984,7 +963,8 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        raise Failure(f"cannot write {path}: {error.__context__ or error}")
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise Failure(f"cannot write {path}: {reason}")
 
 
 def save_file(path, value):
@@ -1007,10 +987,8 @@ def save_file(path, value):
 def read_file(path, mmap=False):
     """torch.load, of plain values only and with the CRCs checked, which torch does not do."""
     try:
-        if zipfile.is_zipfile(path):  # else an old format, which has none
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
-                    raise ValueError("its checksum is wrong")
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # old formats have none
+            raise ValueError("its checksum is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged files raise a dozen kinds
@@ -1021,8 +999,7 @@ def read_file(path, mmap=False):
 def run_folders(method):
     """runs/<method>, runs/<method>-2, ...: those that exist, and then the next."""
     for n in itertools.count(1):
-        folder = Path("runs", method + f"-{n}" * (n > 1))
-        yield folder
+        yield (folder := Path("runs", method + f"-{n}" * (n > 1)))
         if not folder.exists():
             return
 
@@ -1037,65 +1014,61 @@ class Run:
     MAY_CHANGE = {"data", "out", "resume", "workers", "device", "print_freq", "eval_every"}
 
     def __init__(self, method, args):
-        self.method, self.args, self.step, self.saved = method, args, 0, None
+        self.method, self.args, self.step, self.saved, self.report = method, args, 0, None, None
         self.device = start_processes(args.device)
         torch.backends.cudnn.benchmark = not args.deterministic
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        self._find_run()
+        *existing, _ = run_folders(method)
+        self.folder = existing[-1] if args.resume and existing else None
+        if args.out:
+            self.folder = Path(args.out)
+        if self.folder:
+            self._open_folder()
         self.train_set, self.test_set = load_data(args.data, args.image_size, args.max_images,
                                                   args.workers, self.device)
+        images, share = len(self.train_set), 2 * world_size()
+        if args.batch_size > images:  # a recipe's shrinks to the set; one given by hand does not
+            if "batch_size" in args.given or images < share:
+                raise Failure(f"{images} images are fewer than --batch-size {args.batch_size}")
+            args.batch_size = images // share * share
+            self.say(f"batch of {args.batch_size}, since there are {images} images")
         names = "\n".join(self.train_set.names).encode(errors="surrogateescape")
         self.images = hashlib.sha256(names).hexdigest()[:16]
         if self.saved and self.saved["images"] != self.images:
             raise Failure(f"{self.checkpoint} was trained on other images than those of --data")
-        self._fit_batch(len(self.train_set), 2 * world_size())
-        self.steps_per_epoch = len(self.train_set) // args.batch_size
+        self.steps_per_epoch = images // args.batch_size
         self.total_steps = args.epochs * self.steps_per_epoch
         self.warmup_steps = round(args.warmup_epochs * self.steps_per_epoch)
         self.peak_lr = args.lr * args.batch_size / 256
-        self.say(f"recipe {args.recipe}, {args.data or 'built-in set'}: {len(self.train_set):,} images, "
+        self.say(f"recipe {args.recipe}, {args.data or 'built-in set'}: {images:,} images, "
                  f"learning rate {args.lr:g} x {args.batch_size}/256 = {self.peak_lr:g}")
         torch.manual_seed(args.seed)
 
-    def _find_run(self):
-        """The folder that is known at the start; to resume, its checkpoint and arguments: those
-        that were not given by hand become what they were, others must not differ."""
-        args, (*existing, _) = self.args, run_folders(self.method)
-        self.folder = Path(args.out) if args.out else existing[-1] if args.resume and existing else None
-        if self.folder is None:
-            return
+    def _open_folder(self):
+        """Refuse a folder with a run in it; to resume, read the checkpoint. Arguments that were not
+        given by hand become what they were, others must not differ."""
+        args, self.checkpoint = self.args, self.folder / "checkpoint.pth"
         with writing(f"--out {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.checkpoint = self.folder / "checkpoint.pth"
-        files = "checkpoint.pth", "backbone.pth", "log.jsonl"
-        if not args.resume and any((self.folder / file).exists() for file in files):
+        files = self.checkpoint, self.folder / "backbone.pth", self.folder / "log.jsonl"
+        if not args.resume and any(map(Path.exists, files)):
             raise Failure(f"--out {args.out} holds a run: add --resume, or choose another folder")
         if not self.checkpoint.exists():
             return
-        self.saved = read_file(self.checkpoint)
-        found = self.saved.get("method") if isinstance(self.saved, dict) else None
-        if found != self.method or not isinstance(self.saved.get("args"), dict):
-            raise Failure(f"{self.checkpoint} holds no run of {self.method}.py (method: {found})")
-        for key, old in self.saved["args"].items():
-            new = getattr(args, key, None)
-            if key in args.given and key not in self.MAY_CHANGE and new != old:
+        self.saved = saved = read_file(self.checkpoint)
+        if not (isinstance(saved, dict) and saved.get("method") == self.method and "args" in saved):
+            raise Failure(f"{self.checkpoint} holds no run of {self.method}.py")
+        for key, old in saved["args"].items():
+            given, new = key in args.given, getattr(args, key, None)
+            if given and key not in self.MAY_CHANGE and new != old:
                 raise Failure(f"{self.checkpoint} has --{key.replace('_', '-')} {old}, this run "
                               f"{new}; use another --out")
-            if key not in args.given and key not in ("out", "resume", "device", "workers"):
+            if not given and key not in ("out", "resume", "device", "workers"):
                 setattr(args, key, old)
-
-    def _fit_batch(self, images, least):
-        """A recipe's batch shrinks to the size of the set; one given by hand does not."""
-        batch = self.args.batch_size
-        if batch > images and ("batch_size" in self.args.given or images < least):
-            raise Failure(f"{images} training images are fewer than --batch-size {batch}")
-        if batch > images:
-            self.args.batch_size = images // least * least
-            self.say(f"batch of {self.args.batch_size}, since there are {images} images")
-        if batch % world_size():  # that of a checkpoint
-            raise Failure(f"a batch of {batch} has no equal shares for {world_size()} processes")
+        if args.batch_size % world_size():
+            raise Failure(f"{world_size()} processes cannot share a batch of {args.batch_size}")
 
     def say(self, line):
         if rank() == 0:
@@ -1116,25 +1089,24 @@ class Run:
     def start(self, model, optimizer, backbone, sync_bn=True):
         """Place, restore and wrap the model -> what the loop calls instead of it. `backbone` is the
         part that is evaluated and saved by itself."""
-        self.model, self.optimizer, self.backbone, self.report = model, optimizer, backbone, None
+        self.model, self.optimizer, self.backbone, log_length = model, optimizer, backbone, 0
         model.to(self.device, memory_format=torch.channels_last)
         if sync_bn:
             sync_batch_norm(model)
-        log_length = 0
-        if self.saved:
+        if saved := self.saved:
             try:
-                model.load_state_dict(self.saved["model"])
-                optimizer.load_state_dict(self.saved["optimizer"])
-                self.step, self.report, log_length = (self.saved[k] for k in ("step", "report", "log"))
+                model.load_state_dict(saved["model"])
+                optimizer.load_state_dict(saved["optimizer"])
+                self.step, self.report, log_length = saved["step"], saved["report"], saved["log"]
             except (KeyError, RuntimeError, ValueError) as error:
                 raise Failure(f"{self.checkpoint} does not fit this model: {error}")
-            self.saved = None
-        if self.folder is None:
+            self.saved = None  # its memory
+        if not self.folder:
             *_, self.folder = run_folders(self.method)
             self.checkpoint = self.folder / "checkpoint.pth"
         self.say(f"writing to {self.folder}, training on {self.device}")
         if rank() == 0:
-            self._open_log(log_length)
+            self._open_log(self.folder / "log.jsonl", log_length)
         self.signal, self.deferring = 0, False
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
@@ -1145,9 +1117,8 @@ class Run:
         return nn.parallel.DistributedDataParallel(
             model, [self.device] if self.device.type == "cuda" else None)
 
-    def _open_log(self, length):
+    def _open_log(self, path, length):
         """Continue log.jsonl after its first `length` bytes; one process at a time."""
-        path = self.folder / "log.jsonl"
         with writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.log_file = open(path, "a")
@@ -1159,8 +1130,8 @@ class Run:
 
     def sample(self, count=8):
         """-> the first images of the training set, uint8, and their aspects."""
-        return next(self.train_set.batches([torch.arange(min(count, len(self.train_set)))],
-                                           self.device))
+        rows = torch.arange(min(count, len(self.train_set)))
+        return next(self.train_set.batches([rows], self.device))
 
     def save_picture(self, name, *columns):
         """Columns of pictures (B, 3, ., .) in [0, 1], of any sizes: a row for each of the B."""
@@ -1190,13 +1161,13 @@ class Run:
         """Yields step, images (B/W, 3, S, S) uint8 and aspect (B/W,), until the last step.
 
         Epochs are permutations by seed and epoch, without an incomplete last batch; before each
-        step the generators are seeded by seed and step: so a resumed run continues bit for bit, with
-        any number of workers. Between steps it saves, evaluates, and obeys signals.
+        step the generators are seeded by seed and step: so a resumed run continues bit for bit,
+        with any number of workers. Between steps it saves, evaluates, and obeys signals.
         """
         batches = self.train_set.batches(self._order(), self.device)
         self.started = self.printed = self.saved_at = time.monotonic()
         self.first_step = self.printed_step = self.step
-        stop, self.deferring = 0, True
+        self.deferring = True
         try:
             if not self.report:
                 self._evaluate_if_due()
@@ -1207,72 +1178,69 @@ class Run:
                     torch.cuda.manual_seed(seed)
                 yield self.step, images, aspect
                 self.step += 1
-                stop = self._agreed_stop()
-                epoch_ends = self.step % self.steps_per_epoch == 0
+                stop, epoch_ends = self._stops(), self.step % self.steps_per_epoch == 0
                 if stop or epoch_ends or time.monotonic() - self.saved_at > 600:
                     self.train_set.warn_of_unreadable()
                     self.save()
                 if stop:
                     self.train_set.loader = None
-                    break
+                    self._exit()
                 self._evaluate_if_due()
         finally:
             batches.close()
             self.deferring = False
-        if stop:
-            self._exit(stop)
 
     def _order(self):
         """This process's share of each batch's indices, from the current step to the last."""
-        share, epoch = self.args.batch_size // world_size(), None
+        n, batch, order = len(self.train_set), self.args.batch_size, None
         for step in range(self.step, self.total_steps):
-            if epoch != step // self.steps_per_epoch:
-                epoch = step // self.steps_per_epoch
+            epoch, first = divmod(step, self.steps_per_epoch)
+            if order is None or first == 0:
                 seed = 2**40 + self.args.seed * 1_000_003 + epoch
-                order = torch.randperm(len(self.train_set),
-                                       generator=torch.Generator().manual_seed(seed))
+                order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
                 if self.train_set.pixels is not None:
                     order = order.to(self.device)
-            first = step % self.steps_per_epoch * self.args.batch_size + rank() * share
-            yield order[first : first + share]
+            yield order[first * batch :][:batch].chunk(world_size())[rank()]
 
     def _on_signal(self, number, _):
         self.signal = 128 + number
         if not self.deferring:
-            self._exit(self.signal)
+            self._exit()
 
-    def _exit(self, status):
+    def _stops(self):
+        """Whether a signal came; several processes agree on it at log lines only."""
+        if world_size() > 1:
+            if not self.prints(self.step - 1):
+                return False
+            dist.all_reduce(agreed := torch.tensor(self.signal), dist.ReduceOp.MAX)
+            self.signal = int(agreed)
+        return self.signal > 0
+
+    def _exit(self):
         if self.checkpoint.exists():
             self.say(f"saved at step {self.step}")
-        sys.exit(status)
-
-    def _agreed_stop(self):
-        """The signal's exit status, or 0; several processes agree on it at log lines only."""
-        if world_size() == 1:
-            return self.signal
-        if not self.prints(self.step - 1):
-            return 0
-        dist.all_reduce(agreed := torch.tensor(self.signal), dist.ReduceOp.MAX)
-        return int(agreed)
+        sys.exit(self.signal)
 
     def log(self, step, loss, lr, chance=None, **health):
         """A line on the screen and in log.jsonl, for steps that `prints`; ends the run if the loss
         is not finite. loss and health: scalars, averaged over the processes."""
+        line, done, now = {"loss": loss, **health}, step + 1, time.monotonic()
         values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device)
-                              for v in (loss, *health.values())]).detach()
-        loss, *values = (round(v, 6) for v in (all_sum(values) / world_size()).tolist())
-        health, done, now = dict(zip(health, values)), step + 1, time.monotonic()
-        if not math.isfinite(loss):
-            raise self._diverged(f"loss is {loss}", done)
+                              for v in line.values()]).detach()
+        values = (all_sum(values) / world_size()).tolist()
+        line = {name: round(value, 6) for name, value in zip(line, values)}
+        if not math.isfinite(line["loss"]):
+            raise self._diverged(f"loss is {line['loss']}", done)
         speed = (done - self.printed_step) * self.args.batch_size / (now - self.printed)
         left = (self.total_steps - done) * (now - self.started) / (done - self.first_step)
         self.printed, self.printed_step, epoch = now, done, -(-done // self.steps_per_epoch)
-        self._write({"step": done, "epoch": epoch, "loss": loss, **health, "lr": lr,
-                     "images_per_s": round(speed), "seconds": round(now - self.started, 2)})
-        self.say(f"epoch {epoch}/{self.args.epochs}  step {done}/{self.total_steps}  loss {loss:.4f}"
-                 + (f" (chance {chance:.4f})" if chance is not None else "")
-                 + "".join(f"  {k} {v:.4f}" for k, v in health.items())
-                 + f"  lr {lr:.3g}  {speed:,.0f} images/s  {clock(left)} left")
+        self._write({"step": done, "epoch": epoch, **line, "lr": lr, "images_per_s": round(speed),
+                     "seconds": round(now - self.started, 2)})
+        loss, *health = (f"{name} {value:.4f}" for name, value in line.items())
+        loss += f" (chance {chance:.4f})" if chance is not None else ""
+        self.say("  ".join([f"epoch {epoch}/{self.args.epochs}", f"step {done}/{self.total_steps}",
+                            loss, *health, f"lr {lr:.3g}", f"{speed:,.0f} images/s",
+                            f"{timedelta(seconds=round(left))} left"]))
         if done == 1 and left > 86400 and self.device.type == "cpu":
             self.say("this takes days on a CPU; --recipe demo trains a small network")
 
