@@ -351,7 +351,8 @@ class ImageSet(Dataset):
 
     def subset(self, chosen):
         """chosen: (N,) bool"""
-        source, names = (list(itertools.compress(v, chosen)) for v in (self.source, self.names))
+        rows = chosen.nonzero().flatten().tolist()
+        source, names = [self.source[i] for i in rows], [self.names[i] for i in rows]
         subset = ImageSet(source, names, self.labels[chosen], self.classes)
         if self.pixels is not None:
             subset.pixels, subset.aspect = self.pixels[chosen], self.aspect[chosen]
@@ -586,7 +587,7 @@ RELIEFS = {  # height, about -1 to 1, at (u, v) or at polar (r, w), all in radia
 
 
 def builtin_set(name, count, seed):
-    """-> decoded ImageSet of `count` images of 32 x 32 pixels; the same anywhere to a grey level."""
+    """-> ImageSet of 32 x 32 pixels, decoded; the same anywhere to a grey level."""
     generator = torch.Generator().manual_seed(seed)
     names, labels = [f"{name}/{i}" for i in range(count)], torch.arange(count) % 10
     image_set = ImageSet([None] * count, names, labels, [*RELIEFS])
