@@ -4,7 +4,7 @@
     processes          one differentiable sum over processes, and what follows from it
     data               folders, torchvision sets and a built-in set, as uint8 squares on the device
     augmentation       torchvision's operations on a whole batch, each image with its own parameters
-    backbones          ResNets with torchvision's key names
+    backbones          ResNets and VGGs with torchvision's key names
     the run            steps, log lines, checkpoints, signals
 
 Nothing here belongs to one method only: models, losses and training loops are in the method files.
@@ -13,6 +13,7 @@ Nothing here belongs to one method only: models, losses and training loops are i
 import argparse
 import contextlib
 import copy
+import fcntl
 import hashlib
 import inspect
 import itertools
@@ -31,11 +32,6 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -43,12 +39,15 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import cos, nn, sin, tanh
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models import vgg
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import save_image
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIGNALS = signal.SIGINT, signal.SIGTERM
+warnings.filterwarnings("ignore", module="PIL")  # of very large or oddly tagged images
 
 # ------------------------------------------------------------------------------ errors and flags
 
@@ -58,34 +57,29 @@ class Failure(Exception):
 
 
 def main(run, parse_args, argv=None):
-    """`run(parse_args(argv))`, and the exit status: 1 after a `Failure` (one line on stderr), 2 for
+    """`run(parse_args(argv))`, and the exit status: 1 after a failure (one line on stderr), 2 for
     wrong arguments, 130 and 143 after Ctrl-C and SIGTERM (nothing on stderr)."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    handlers = {n: signal.signal(n, lambda n, _: sys.exit(128 + n)) for n in SIGNALS}
     try:
         run(parse_args(argv))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (Failure, MemoryError, RuntimeError) as error:
-        reason = str(error)
-        if isinstance(error, MemoryError) or re.search(
+    except (Failure, MemoryError, OSError, RuntimeError) as error:
+        reason, lost_worker = " ".join(str(error).split()), "DataLoader worker" in str(error)
+        if lost_worker:
+            reason = "a process that decodes images died, out of memory? try fewer --workers"
+        elif isinstance(error, MemoryError) or re.search(
                 "out of memory|can't allocate memory|ALLOC_FAILED", reason):
             reason = "out of memory; try a smaller --batch-size or --image-size"
-        elif "DataLoader worker" in reason:
-            print("error: a process that decodes images died, out of memory? try fewer --workers",
-                  file=sys.stderr, flush=True)
-            os._exit(1)  # the normal way out would wait for it
-        elif not isinstance(error, Failure):
+        elif isinstance(error, RuntimeError):
             raise
         if rank() > 0:
             time.sleep(10)  # the first process says the same, and torchrun then stops this one
-        print("error:", " ".join(reason.split()), file=sys.stderr, flush=True)
-        sys.exit(1)
+        print("error:", reason, file=sys.stderr, flush=True)
+        (os._exit if lost_worker else sys.exit)(1)  # sys.exit would wait for the worker
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for n, handler in handlers.items():
+            signal.signal(n, handler)
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -103,9 +97,17 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+def device_name(text):
+    """An argparse type: cpu, or a CUDA device that is there."""
+    match, count = re.fullmatch(r"cpu|cuda(?::(\d+))?", text), torch.cuda.device_count()
+    if not match or (text != "cpu" and int(match[1] or 0) >= count):
+        raise argparse.ArgumentTypeError(f"{text} is neither cpu nor one of {count} CUDA devices")
+    return text
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if not action.default else super()._get_help_string(action)
+        return super()._get_help_string(action) if action.default else action.help
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -116,19 +118,18 @@ class ArgumentParser(argparse.ArgumentParser):
     """
 
     def __init__(self, description, recipes, arch=None, other_archs=""):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=Formatter)
         self.recipes = recipes
         add = self.add_argument
         add("--data", metavar="PATH",
             help="folder of images, or name of a torchvision set; none: the small built-in set")
-        add("--recipe", choices=recipes["recipe"],
-            help="column of RECIPES; none: demo without --data, cifar where the images' median "
-            "side is at most 64 pixels, else imagenet")
+        add("--recipe", choices=recipes["recipe"], help="column of RECIPES; none: demo without "
+            "--data, cifar for a median side of at most 64 pixels, else imagenet")
         add("--out", metavar="FOLDER", help="the run's folder; none: a new one in runs/")
         add("--resume", action="store_true", help="continue the run in --out, or the latest one")
         add("--init", metavar="FILE", help="backbone weights to start from")
-        add("-a", "--arch", type=arch or architecture, help="resnet8 (3 blocks, for a CPU), "
-            "resnet18, 34, 50, 101 or 152, widened by a factor: resnet18x2" + other_archs)
+        add("-a", "--arch", type=arch or architecture,
+            help=f"{ARCHS}; with a width: resnet18x2{other_archs}")
         add("--epochs", type=number(int, 0), help="passes over the training images")
         add("--warmup-epochs", type=number(float, 0), help="epochs of linear warm-up")
         add("-b", "--batch-size", type=number(int, 2), help="images per step, over all processes")
@@ -148,18 +149,16 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_args(self, argv=None):
         """-> Namespace; `recipe` is the one in force, `given` names the flags given by hand."""
-        flags = [a.partition("=") for a in (sys.argv[1:] if argv is None else argv)]
-        argv = ["".join((a.replace("_", "-") if a.startswith("--") else a, *rest))
-                for a, *rest in flags]  # --batch_size=8 is --batch-size=8
-        unset = argparse.Namespace(**{action.dest: None for action in self._actions})
-        given = super().parse_args([a for a in argv if a not in ("-h", "--help")], unset)
+        argv = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word)
+                for word in (sys.argv[1:] if argv is None else argv)]  # --batch_size=8
+        nothing = argparse.Namespace(**{action.dest: None for action in self._actions})
+        given = super().parse_args([word for word in argv if word not in ("-h", "--help")], nothing)
         if given.data == "":
             self.error("--data is empty")
-        recipe = given.recipe or choose_recipe(given.data)
-        column = self.recipes["recipe"].index(recipe)
+        column = self.recipes["recipe"].index(given.recipe or choose_recipe(given.data))
         self.set_defaults(**{flag: row[column] for flag, row in self.recipes.items()})
         args = super().parse_args(argv)
-        args.given = sorted(k for k, v in vars(given).items() if v is not None)
+        args.given = sorted(flag for flag, value in vars(given).items() if value is not None)
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if args.batch_size % processes or args.batch_size < 2 * processes:
             self.error(f"--batch-size {args.batch_size} gives {processes} processes no equal share "
@@ -167,27 +166,17 @@ class ArgumentParser(argparse.ArgumentParser):
         return args
 
     def error(self, message):
-        print(f"error: {message} (see --help)", file=sys.stderr)
-        sys.exit(2)
+        self.exit(2, f"error: {message} (see --help)\n")
 
 
 def choose_recipe(data):
     """The recipe for --data, by the images' median side; that of torchvision's sets is known."""
     if data is None:
         return "demo"
-    if not Path(data).exists():
-        return "cifar" if data.lower() in SMALL_SETS else "imagenet"
-    return "cifar" if find_sets(data)[0].median_side() <= 64 else "imagenet"
-
-
-def device_name(text):
-    """An argparse type: cpu, or a CUDA device that is there."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text} is not cpu, cuda or cuda:N")
-    count = torch.cuda.device_count()
-    if text != "cpu" and (torch.device(text).index or 0) >= count:
-        raise argparse.ArgumentTypeError(f"{text}: this machine has {count} CUDA devices")
-    return text
+    small = data.lower() in SMALL_SETS
+    if Path(data).exists():
+        small = find_sets(data)[0].median_side() <= 64
+    return "cifar" if small else "imagenet"
 
 
 # ------------------------------------------------------------------------------------- processes
@@ -217,15 +206,15 @@ def start_processes(name):
 @contextlib.contextmanager
 def first_process_first():
     """The first process of each machine runs the block, then the others: they find its files."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    for turn in True, False:
-        if turn == first:
-            yield
-        if turn:
-            all_sum(torch.zeros(1))  # waits for all
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        all_sum(torch.zeros(1))  # waits for all
+    yield
+    if first:
+        all_sum(torch.zeros(1))
 
 
-class _AllSum(torch.autograd.Function):
+class AllSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         x = x.clone(memory_format=torch.contiguous_format)
@@ -234,7 +223,7 @@ class _AllSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _AllSum.apply(grad)
+        return AllSum.apply(grad)
 
 
 def all_sum(x):
@@ -243,7 +232,7 @@ def all_sum(x):
     Each process then computes the same loss from it; the backward sum adds these W equal losses'
     gradients, and DistributedDataParallel's mean divides by W: no factor appears anywhere.
     """
-    return _AllSum.apply(x) if world_size() > 1 else x
+    return AllSum.apply(x) if world_size() > 1 else x
 
 
 def gather(x):
@@ -256,11 +245,8 @@ def gather(x):
 
 
 def uniform(n, *shape, device, low=0.0, high=1.0):
-    """(n, *shape): this process's rows of a draw for the total batch.
-
-    Every process draws all rows from the same seed, so that the numbers an image gets depend on its
-    position in the total batch and not on the number of processes.
-    """
+    """(n, *shape): this process's rows of a draw for the total batch, which all make from the same
+    seed, so that an image's numbers depend on its position in the total batch alone."""
     draw = torch.empty(n * world_size(), *shape, device=device).uniform_(low, high)
     return draw[rank() * n :][:n]
 
@@ -268,24 +254,20 @@ def uniform(n, *shape, device, low=0.0, high=1.0):
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation over the batches of all processes, for the CPU: torch's needs a GPU."""
 
-    def _check_input_dim(self, x):
-        pass
-
     def forward(self, x):
         if not self.training:
-            return super().forward(x)
-        dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
-        count = x.numel() // x.shape[1] * world_size()
-        mean = all_sum(x.sum(dims)) / count
-        centred = x - mean.view(shape)
-        var = all_sum(centred.square().sum(dims)) / count
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
+                                eps=self.eps)
+        dims, count = [0, *range(2, x.dim())], x.numel() // x.shape[1] * world_size()
+        mean = all_sum(x.sum(dims, keepdim=True)) / count
+        x = x - mean
+        var = all_sum(x.square().sum(dims, keepdim=True)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
-            momentum = self.momentum or 1 / int(self.num_batches_tracked)  # None: cumulative
-            self.running_mean.lerp_(mean, momentum)
-            self.running_var.lerp_(var * count / (count - 1), momentum)
-        x = centred * (var + self.eps).rsqrt().view(shape)
-        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_var.lerp_(var.flatten() * count / (count - 1), self.momentum)
+        x = x * (var + self.eps).rsqrt()
+        return x * self.weight.view_as(mean) + self.bias.view_as(mean) if self.affine else x
 
 
 def sync_batch_norm(model):
@@ -310,25 +292,23 @@ def find_images(root):
     files, seen = [], set()
 
     def fail(error):
-        raise Failure(f"cannot read folder {error.filename!r}: {error.strerror}")
+        raise error
 
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
         real = os.path.realpath(folder)
-        subfolders[:] = sorted(s for s in subfolders if s[0] != "." and real not in seen)
-        if real not in seen:
-            files += [os.path.join(folder, n) for n in sorted(names)
-                      if n[0] != "." and n.lower().endswith(EXTENSIONS)]
+        if real in seen:
+            subfolders.clear()
+            continue
         seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+        files += [os.path.join(folder, name) for name in sorted(names)
+                  if name[0] != "." and name.lower().endswith(EXTENSIONS)]
     return [f for f in files if os.path.isfile(f) or not os.path.exists(f)]  # a dead link is said
 
 
-@contextlib.contextmanager
 def open_image(item):
-    """A path, or a (PIL image, label) of a torchvision set -> PIL image, not decoded yet."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL's, on very large or oddly tagged images
-        with Image.open(item) if isinstance(item, str) else item[0] as image:
-            yield image
+    """A path, or (torchvision set, index) -> PIL image, not decoded yet."""
+    return Image.open(item) if isinstance(item, str) else item[0][item[1]][0]
 
 
 def to_square(image, size):
@@ -346,17 +326,15 @@ def to_square(image, size):
         image = image.convert("RGBA")
     image = image.convert("RGB")
     aspect = image.width / image.height
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return pil_to_tensor(image), aspect
+    return pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC)), aspect
 
 
 class ImageSet(Dataset):
     """Images as squares of one size, the canvas: in memory after `decode` if they fit there, else
     decoded by worker processes each time.
 
-    source: list of paths, or dataset of (PIL image, label); names: one per image, unique;
-    labels: (N,), -1 = none; classes: their names; unreadable: {index: reason}, as it is found out.
+    source: list of what `open_image` takes; names: one per image, unique; labels: (N,), -1 = none;
+    classes: their names; unreadable: {index: reason}, as it is found out.
     """
 
     def __init__(self, source, names, labels, classes):
@@ -368,14 +346,17 @@ class ImageSet(Dataset):
     def __len__(self):
         return len(self.names)
 
-    def subset(self, indices):
-        files = isinstance(self.source, list)
-        source = [self.source[i] for i in indices] if files else Subset(self.source, indices)
-        chosen = ImageSet(source, [self.names[i] for i in indices], self.labels[indices],
-                          self.classes)
+    def hashes(self):
+        return torch.tensor([zlib.crc32(os.fsencode(name)) for name in self.names])
+
+    def subset(self, chosen):
+        """chosen: (N,) bool"""
+        rows = chosen.nonzero().flatten().tolist()
+        source, names = [self.source[i] for i in rows], [self.names[i] for i in rows]
+        subset = ImageSet(source, names, self.labels[chosen], self.classes)
         if self.pixels is not None:
-            chosen.pixels, chosen.aspect = self.pixels[indices], self.aspect[indices]
-        return chosen
+            subset.pixels, subset.aspect = self.pixels[chosen], self.aspect[chosen]
+        return subset
 
     def __getitem__(self, i):
         """-> uint8 (3, S, S), width / height, i, and why it is the next readable image instead."""
@@ -391,49 +372,41 @@ class ImageSet(Dataset):
     def median_side(self):
         """Median of the shorter sides, in pixels, of up to 100 of the images."""
         sides = []
-        for i in range(0, len(self), -(-len(self) // 100)):
-            with contextlib.suppress(Exception), open_image(self.source[i]) as image:
+        for item in self.source[:: -(-len(self) // 100)]:
+            with contextlib.suppress(Exception), open_image(item) as image:
                 sides.append(min(image.size))
         return sorted(sides)[len(sides) // 2] if sides else 1
 
     def decode(self, canvas, workers, device):
         """Fix the canvas (pixels), and decode all images onto the device if they take at most half
         of the free memory; the next start finds them in data/cache."""
-        self.canvas, self.workers, stored = canvas, workers, None
-        if self.pixels is not None:
-            self.pixels, self.aspect = self.pixels.to(device), self.aspect.to(device)
-            return
-        size = len(self) * 3 * canvas**2
-        fits = size <= min(free_memory(device), free_memory(torch.device("cpu"))) / 2
-        if all_sum(torch.tensor(float(fits))) < world_size():
-            return
-        digest = hashlib.sha256(str(canvas).encode())
-        for i, name in enumerate(self.names):
-            with contextlib.suppress(OSError):
-                if isinstance(self.source, list):
-                    stamp = os.stat(self.source[i])
-                    name = os.path.abspath(self.source[i]), stamp.st_size, stamp.st_mtime_ns
-            digest.update(repr(name).encode())
-        file = Path("data/cache", digest.hexdigest()[:16] + ".pth")
-        with first_process_first():
-            if file.is_file():
-                with contextlib.suppress(Failure):
+        self.canvas, self.workers, n = canvas, workers, len(self)
+        if self.pixels is None:
+            free = min(free_memory(device), free_memory(torch.device("cpu")))
+            if all_sum(torch.tensor(float(n * 3 * canvas**2 > free / 2))):
+                return
+            stored = {"pixels": torch.empty(n, 3, canvas, canvas, dtype=torch.uint8),
+                      "aspect": torch.empty(n), "unreadable": self.unreadable}
+            digest = hashlib.sha256(str(canvas).encode())
+            for name, item in zip(self.names, self.source):
+                if isinstance(item, str) and os.path.exists(item):
+                    name = os.path.abspath(item), os.stat(item).st_size, os.stat(item).st_mtime_ns
+                digest.update(repr(name).encode())
+            file = Path("data/cache", digest.hexdigest()[:16] + ".pth")
+            with first_process_first():
+                try:
                     stored = read_file(file, mmap=True)
-            if stored is None:
-                stored = self._decode_all()
-                with contextlib.suppress(Failure, OSError):  # a full disk costs the next start only
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    save_file(file, stored)
-        self.pixels, self.aspect = stored["pixels"].to(device), stored["aspect"].to(device)
-        self.unreadable = stored["unreadable"]
-
-    def _decode_all(self):
-        n, pixels = len(self), torch.empty(len(self), 3, self.canvas, self.canvas, dtype=torch.uint8)
-        aspect, parts = torch.empty(n), torch.arange(n).split(64)
-        batches = self.batches(parts, torch.device("cpu"), self.workers if n > 1000 else 0)
-        for rows, batch in zip(parts, progress(batches, "decoding", len(parts))):
-            pixels[rows], aspect[rows] = batch
-        return {"pixels": pixels, "aspect": aspect, "unreadable": self.unreadable}
+                except Failure:
+                    self.workers *= n > 1000  # fewer take less time than starting the workers
+                    parts = torch.arange(n).split(64)
+                    batches = self.batches(parts, torch.device("cpu"))
+                    for rows, batch in zip(parts, progress(batches, "decoding", len(parts))):
+                        stored["pixels"][rows], stored["aspect"][rows] = batch
+                    with contextlib.suppress(Failure, OSError):  # without it, the next start waits
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        save_file(file, stored)
+            self.pixels, self.aspect, self.unreadable = stored.values()
+        self.pixels, self.aspect = self.pixels.to(device), self.aspect.to(device)
 
     def warn_of_unreadable(self):
         """One line for those found since the last warning."""
@@ -443,7 +416,7 @@ class ImageSet(Dataset):
             print(f"warning: skipped {len(reasons)} unreadable images: {some}", file=sys.stderr)
         self.warned = len(reasons)
 
-    def batches(self, index_lists, device, workers=None):
+    def batches(self, index_lists, device):
         """index_lists: iterable of (B,) indices -> uint8 images (B, 3, S, S) and their aspects
         (B,), width / height, on the device."""
         if self.pixels is not None:
@@ -452,30 +425,29 @@ class ImageSet(Dataset):
                 yield self.pixels[indices], self.aspect[indices]
             return
         loader = DataLoader(self, batch_sampler=(torch.as_tensor(i).tolist() for i in index_lists),
-                            num_workers=self.workers if workers is None else workers,
-                            worker_init_fn=_ignore_signals, pin_memory=device.type == "cuda")
+                            num_workers=self.workers, worker_init_fn=ignore_signals,
+                            pin_memory=device.type == "cuda")
         self.loader = iter(loader)  # kept: to destroy it when a worker was killed can hang
         for images, aspect, indices, reasons in self.loader:
             self.unreadable |= {i: r for i, r in zip(indices.tolist(), reasons) if r}
             if all(reasons) and not images.any():
                 raise Failure(f"a whole batch of images is unreadable: {reasons[0]}, ...")
             yield images.to(device, non_blocking=True), aspect.float().to(device, non_blocking=True)
-        self.loader = None
 
 
-def _ignore_signals(_):
+def ignore_signals(_):
     """A signal to the whole process group must not kill the workers before the run is saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def free_memory(device):
     """Free bytes on the device (for the CPU: what Linux calls available)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError):
-        return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    if not Path("/proc/meminfo").exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
 
 
 def progress(items, what, total):
@@ -485,15 +457,8 @@ def progress(items, what, total):
         yield item
         now = time.monotonic()
         if now - last > 5 and rank() == 0:
-            last, left = now, (now - start) / done * (total - done)
-            print(f"{what}: {done / total:.0%}, {clock(left)} left", flush=True)
-
-
-def clock(seconds):
-    """125 -> 2:05"""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+            last, left = now, timedelta(seconds=round((now - start) / done * (total - done)))
+            print(f"{what}: {done / total:.0%}, {left} left", flush=True)
 
 
 def find_sets(data):
@@ -504,81 +469,65 @@ def find_sets(data):
     """
     if data is None:
         return builtin_set("train", 5000, seed=0), builtin_set("test", 1000, seed=1)
-    root = Path(data)
-    if not root.is_dir():
-        if root.exists():
-            raise Failure(f"--data {data} is a file; a folder of images is needed")
+    root, test = Path(data), None
+    if root.exists() and not root.is_dir():
+        raise Failure(f"--data {data} is a file; a folder of images is needed")
+    if not root.exists():
         train, test = torchvision_sets(data)
+    elif not (root / "train").is_dir():
+        train = folder_set(root)
     else:
-        split = root / "train" if (root / "train").is_dir() else root
-        train, test = folder_set(split), None
-        if split != root:
-            if (root / "unlabeled").is_dir():
-                more = folder_set(root / "unlabeled", "unlabeled" + os.sep)
-                train = ImageSet(train.source + more.source, train.names + more.names,
-                                 torch.cat([train.labels, torch.full_like(more.labels, -1)]),
-                                 train.classes)
-            folders = [root / v for v in ("val", "test", "validation") if (root / v).is_dir()]
-            if folders and train.classes:
-                test = folder_set(folders[0], classes=train.classes)
-                test = test.subset((test.labels >= 0).nonzero().flatten().tolist())
+        train = folder_set(*filter(Path.is_dir, (root / "train", root / "unlabeled")))
+        held_out = [f for f in ("val", "test", "validation") if (root / f).is_dir()]
+        if held_out and train.classes:
+            test = folder_set(root / held_out[0], classes=train.classes)
+            test = test.subset(test.labels >= 0)
     if not len(train):
         raise Failure(f"no images below {data} (looked for {' '.join(EXTENSIONS)})")
     if test is None and train.classes:
-        held_out = torch.tensor([zlib.crc32(os.fsencode(n)) % 10 == 0 for n in train.names])
-        held_out &= train.labels >= 0
-        test = train.subset(held_out.nonzero().flatten().tolist())
-        train = train.subset((~held_out).nonzero().flatten().tolist())
+        held_out = (train.hashes() % 10 == 0) & (train.labels >= 0)
+        train, test = train.subset(~held_out), train.subset(held_out)
     return train, test if test and train.classes else None
 
 
-def folder_set(root, prefix="", classes=None):
-    """Images below the folder; its subfolders are the classes, if there are two or more."""
-    files = find_images(root)
-    names = [os.path.relpath(f, root) for f in files]
-    folders = [n.split(os.sep)[0] if os.sep in n else None for n in names]
-    found = sorted(set(folders) - {None, "unlabeled"})
-    unknown = sorted(set(found) - set(classes or found))
-    if unknown:
-        raise Failure(f"{root} has the class {unknown[0]!r}, which the training images have not")
+def folder_set(*folders, classes=None):
+    """The images of the folders, with names that start from the first, or from beside it. The first
+    part of a name is the class, if there are two or more; "unlabeled" is none."""
+    files = [file for folder in folders for file in find_images(folder)]
+    names = [os.path.relpath(file, folders[0]).removeprefix(".." + os.sep) for file in files]
+    parts = [name.split(os.sep)[0] if os.sep in name else "unlabeled" for name in names]
+    found = sorted(set(parts) - {"unlabeled"})
     classes = classes or (found if len(found) > 1 else [])
+    if unknown := classes and set(found) - set(classes):
+        raise Failure(f"{folders[0]} has a class {min(unknown)!r} that the training images lack")
     index = {name: i for i, name in enumerate(classes)}
-    return ImageSet(files, [prefix + n for n in names], [index.get(f, -1) for f in folders],
-                    classes)
+    return ImageSet(files, names, [index.get(part, -1) for part in parts], classes)
 
 
 def torchvision_sets(name):
     """(training, test) sets of torchvision.datasets, downloaded by torchvision under ./data."""
     known = {n.lower(): getattr(torchvision.datasets, n) for n in torchvision.datasets.__all__}
-    make = known.get(name.lower())
-    if make is None:
+    if name.lower() not in known:
         raise Failure(f"--data {name}: no such folder, and no torchvision set of that name")
+    make, sets = known[name.lower()], []
     flags = inspect.signature(make).parameters
     fixed = {k: v for k, v in {"root": "data", "download": True}.items() if k in flags}
     first = "train+unlabeled" if name.lower() == "stl10" else "train"
     choices = ([{"train": True}, {"train": False}] if "train" in flags else
                [{"split": first}, {"split": "test"}] if "split" in flags else [{}])
-    sets = []
     for choice in choices:
         try:
             dataset = make(**fixed, **choice)
         except Exception as error:  # no network, a wrong checksum, a set that wants more flags
             raise Failure(f"torchvision cannot load {name}: {error}")
-        labels = next((getattr(dataset, a) for a in ("targets", "labels", "_labels")
-                       if hasattr(dataset, a)), None)
-        if labels is None:
-            labels = [dataset[i][1] for i in range(len(dataset))]
-        names = [f"{name}/{choice}/{i}" for i in range(len(dataset))]
-        classes = getattr(dataset, "classes", None) or sorted(set(map(int, labels)))
-        sets.append(ImageSet(dataset, names, np.asarray(labels), [str(c) for c in classes]))
+        found = [a for a in ("targets", "labels", "_labels") if hasattr(dataset, a)]
+        labels = getattr(dataset, found[0]) if found else [label for _, label in dataset]
+        labels = np.asarray(labels)
+        classes = getattr(dataset, "classes", None) or np.unique(labels[labels >= 0])
+        sets.append(ImageSet([(dataset, i) for i in range(len(dataset))],
+                             [f"{name}/{choice}/{i}" for i in range(len(dataset))],
+                             labels, [str(c) for c in classes]))
     return sets[0], sets[1] if len(sets) > 1 else None
-
-
-def builtin_set(name, count, seed):
-    pixels, labels = builtin_images(count, seed)
-    images = ImageSet(None, [f"{name}/{i}" for i in range(count)], labels, BUILTIN_CLASSES)
-    images.pixels, images.aspect = pixels, torch.ones(count)
-    return images
 
 
 def load_data(data, image_size, max_images=None, workers=0, device=torch.device("cpu")):
@@ -591,8 +540,8 @@ def load_data(data, image_size, max_images=None, workers=0, device=torch.device(
     with first_process_first():
         train, test = find_sets(data)
     if max_images and max_images < len(train):
-        order = sorted(range(len(train)), key=lambda i: zlib.crc32(os.fsencode(train.names[i])))
-        train = train.subset(sorted(order[:max_images]))
+        order = train.hashes().argsort(stable=True)
+        train = train.subset(order.argsort() < max_images)
     canvas = min(max(image_size * 8 // 7, 64), train.median_side())
     for images in filter(None, (train, test)):
         images.decode(canvas, workers, device)
@@ -611,41 +560,43 @@ def load_data(data, image_size, max_images=None, workers=0, device=torch.device(
 # brightness, contrast, scale, angle and outline say nothing about it, and light falls from above.
 
 
-def _alternate(v, even, odd):
+def alternate(v, even, odd):
     """`even` and `odd` on alternate rows of the pattern, whose rows are 2π high in `v`; smooth."""
     return even + (odd - even) * torch.sigmoid(6 * sin(v / 2))
 
 
-def _saw(t):
+def saw(t):
     return (sin(t) - sin(2 * t) / 2 + sin(3 * t) / 3) / 1.5
 
 
-_RELIEFS = {  # height, about -1 to 1, at (u, v) or at polar (r, w), all in radians of the pattern
+RELIEFS = {  # height, about -1 to 1, at (u, v) or at polar (r, w), all in radians of the pattern
     "waves": lambda u, v, r, w: sin(v + 1.6 * sin(u / 2)),
     "ribs": lambda u, v, r, w: tanh(2 * sin(u)),
     "zigzag": lambda u, v, r, w: tanh(2 * sin(v + 2.6 * torch.asin(0.98 * sin(u / 2.5)))),
     "studs": lambda u, v, r, w: 2 * torch.exp(1.2 * (cos(u) + cos(v) - 2)) - 1,
     "checks": lambda u, v, r, w: tanh(3 * sin(u / 2) * sin(v / 2)),
     "bricks": lambda u, v, r, w: 1 - 2 * torch.maximum(
-        cos(v / 2) ** 16, _alternate(v, sin(u / 4) ** 16, cos(u / 4) ** 16)),
-    "scales": lambda u, v, r, w: _saw(
-        v + 2.5 * _alternate(v, sin(u / 2).abs(), cos(u / 2).abs())),
+        cos(v / 2) ** 16, alternate(v, sin(u / 4) ** 16, cos(u / 4) ** 16)),
+    "scales": lambda u, v, r, w: saw(
+        v + 2.5 * alternate(v, sin(u / 2).abs(), cos(u / 2).abs())),
     "rings": lambda u, v, r, w: sin(r),
     "rays": lambda u, v, r, w: tanh(2 * sin(w)),
     "net": lambda u, v, r, w: 2 * torch.maximum(
         cos((u + v) / 3.2) ** 8, cos((u - v) / 3.2) ** 8) - 1,
 }
-BUILTIN_CLASSES = list(_RELIEFS)
 
 
-def builtin_images(count, seed):
-    """Images uint8 (count, 3, 32, 32), labels int64 (count,); the same anywhere to a grey level."""
+def builtin_set(name, count, seed):
+    """-> ImageSet of 32 x 32 pixels, decoded; the same anywhere to a grey level."""
     generator = torch.Generator().manual_seed(seed)
-    images, labels = torch.empty(count, 3, 32, 32, dtype=torch.uint8), torch.arange(count) % 10
+    names, labels = [f"{name}/{i}" for i in range(count)], torch.arange(count) % 10
+    image_set = ImageSet([None] * count, names, labels, [*RELIEFS])
+    image_set.aspect = torch.ones(count)
+    image_set.pixels = torch.empty(count, 3, 32, 32, dtype=torch.uint8)
     axis = torch.arange(33) / 16 - 1  # -1 to 1, downwards for y; one more than 32 for the slopes
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    for label, relief in enumerate(list(_RELIEFS.values())[:count]):
-        rows = images[label::10]
+    for label, relief in enumerate(list(RELIEFS.values())[:count]):
+        rows = image_set.pixels[label::10]
 
         def draw(low, high, *channels):
             shape = len(rows), *channels, 1, 1
@@ -672,9 +623,10 @@ def builtin_images(count, seed):
         front, back = (inside * front)[:, None], ((1 - inside) * back)[:, None]
         pixels = draw(0.96, 1.04, 3) * front + draw(0.96, 1.04, 3) * back
         rows.copy_((255 * pixels).round().clamp(0, 255))
-    return images, labels
+    return image_set
 
-# ---------------------------------------------------------------------------- augmentation
+
+# --------------------------------------------------------------------------------- augmentation
 # Operations on a batch of float images x (B, 3, H, W) in [0, 1], each image with its own parameter
 # (B,), equal to torchvision's functions of the same names. Every parameter has a neutral value, so
 # "with probability p" needs no branch: it chooses parameters. Departures from a torchvision
@@ -682,29 +634,24 @@ def builtin_images(count, seed):
 # float between operations (torchvision: uint8); colour operations are ordered once per batch.
 
 
-def resize_weights(boxes, canvas, size, interpolation):
-    """Weights of canvas pixels in output pixels: (B, 4) -> rows and columns (B, 2, size, canvas).
+def resized_crop(x, boxes, size, interpolation="bilinear"):
+    """Crop and antialiased resize, two matrix products; boxes (B, 4): top, left, height, width.
 
     The filter (bicubic: a = -1/2) widens as a crop shrinks: antialiasing. A pixel cut by the edge
     of the box, as happens where the canvas is a squashed image, counts for its part inside.
     """
-    pixel = torch.arange(canvas, device=boxes.device)
-    start, length = boxes.view(-1, 2, 2, 1, 1).unbind(1)  # (B, 2, 1, 1), canvas pixels
+    pixel = torch.arange(x.shape[3], device=x.device)
+    start, length = boxes.view(-1, 2, 2, 1, 1).unbind(1)  # (B, 2, 1, 1): vertical, horizontal
     scale = length / size  # canvas pixels per output pixel
-    center = start + (torch.arange(size, device=boxes.device)[:, None] + 0.5) * scale
-    distance = (pixel + 0.5 - center).div_(scale.clamp(min=1)).abs_()
+    center = start + (torch.arange(size, device=x.device)[:, None] + 0.5) * scale
+    distance = (pixel + 0.5 - center).div_(scale.clamp(min=1)).abs_()  # (B, 2, size, canvas)
     if interpolation == "bilinear":
         weights = (1 - distance).clamp_(min=0)
     else:  # the cubics for distances below 1 and from 1 to 2, both 0 at 1
         near, far = distance.clamp(max=1), distance.clamp(1, 2)
         weights = (1.5 * near - 2.5) * near**2 + 1 - (far - 1) * (far - 2) ** 2 / 2
     weights *= (torch.minimum(pixel + 1, start + length) - torch.maximum(pixel, start)).clamp(min=0)
-    return weights.div_(weights.sum(-1, keepdim=True))
-
-
-def resized_crop(x, boxes, size, interpolation="bilinear"):
-    """Crop and antialiased resize, two matrix products; boxes (B, 4): top, left, height, width."""
-    rows, columns = resize_weights(boxes, x.shape[3], size, interpolation).unbind(1)
+    rows, columns = weights.div_(weights.sum(-1, keepdim=True)).unbind(1)
     x = (x.flatten(1, 2) @ columns.mT).unflatten(1, (3, -1))
     return (rows[:, None] @ x).clamp_(0, 1)  # bicubic overshoots
 
@@ -779,6 +726,12 @@ def normalize(x):
     return torch.cat([(channel - mean).div_(std) for channel, mean, std in channels], 1)
 
 
+def denormalize(views):
+    """Undo normalize: (B, 3, H, W) -> the same in [0, 1]."""
+    mean, std = (views.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (views * std + mean).clamp(0, 1)
+
+
 # The classes draw the parameters of a batch: `draw(images, aspect)` returns steps to be taken on x,
 # each a function and its parameters.
 
@@ -796,21 +749,19 @@ class RandomResizedCrop:
     interpolation: str = "bilinear"
 
     def draw(self, images, aspect):
-        n, canvas, device = len(images), images.shape[3], images.device
-        height, width = torch.full_like(aspect, canvas), (canvas * aspect).round().clamp(min=1)
-        image = torch.stack([height, width], 1)
-        low, high = self.scale
-        area = image.prod(1, keepdim=True) * uniform(n, 10, device=device, low=low, high=high)
-        log_ratio = math.log(4 / 3) * uniform(n, 10, device=device, low=-1)
-        tries = torch.stack([area / log_ratio.exp(), area * log_ratio.exp()], 2).sqrt().round()
+        draw, canvas = partial(uniform, len(images), device=images.device), images.shape[3]
+        width = (canvas * aspect).round().clamp(min=1)
+        image = torch.stack([torch.full_like(width, canvas), width], 1)
+        area = image.prod(1, keepdim=True) * draw(10, low=self.scale[0], high=self.scale[1])
+        ratio = (math.log(4 / 3) * draw(10, low=-1)).exp()
+        tries = torch.stack([area / ratio, area * ratio], 2).sqrt().round()
         fallback = torch.minimum(image, (image.flip(1) * 4 / 3).round())  # as much as ratios allow
         sides = torch.cat([tries, fallback[:, None]], 1)  # (B, 11, 2): height, width
         fits = ((sides > 0) & (sides <= image[:, None])).all(2)
         first = fits.int().argmax(1, keepdim=True)
         sides = sides.take_along_dim(first[:, None], 1).squeeze(1)
         room = image - sides
-        anywhere = uniform(n, 2, device=device) * (room + 1)
-        corner = torch.where(first < 10, anywhere, room / 2).floor()
+        corner = torch.where(first < 10, draw(2) * (room + 1), room / 2).floor()
         boxes = torch.cat([corner, sides], 1) * (canvas / image).repeat(1, 2)
         return [(partial(resized_crop, size=self.size, interpolation=self.interpolation), boxes)]
 
@@ -927,34 +878,28 @@ DEPTHS = {"resnet8": (BasicBlock, (1, 1, 1)), "resnet18": (BasicBlock, (2, 2, 2,
           "resnet34": (BasicBlock, (3, 4, 6, 3)), "resnet50": (Bottleneck, (3, 4, 6, 3)),
           "resnet101": (Bottleneck, (3, 4, 23, 3)), "resnet152": (Bottleneck, (3, 8, 36, 3))}
 STEMS = {"imagenet": (7, 2), "cifar": (3, 1), "tiny": (3, 2)}  # kernel and stride of conv1
+VGGS = {"vgg11_bn": "A", "vgg13_bn": "B", "vgg16_bn": "D", "vgg19_bn": "E"}  # the paper's names
+ARCHS = ", ".join([*DEPTHS, *VGGS])
 
 
-class ResNet(nn.Module):
-    """ResNet (He et al., 2016) without `fc`: (B, 3, H, W) -> (B, C). torchvision's at width 1 with
-    the imagenet stem, key for key; the other stems, for small images, have no max-pooling."""
+class ResNet(torchvision.models.ResNet):
+    """ResNet (He et al., 2016) without `fc`, of any width and number of stages: (B, 3, H, W) ->
+    (B, C). With the imagenet stem it is torchvision's; the stems for small images do not pool.
+    `stages`: names of the submodules after which features can be taken."""
 
     def __init__(self, block, layers, width=1.0, stem="imagenet", zero_init_residual=False):
-        super().__init__()
-        kernel, stride = STEMS[stem]
-        channels = planes = round(64 * width)
-        self.conv1 = nn.Conv2d(3, channels, kernel, stride, kernel // 2, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        nn.Module.__init__(self)  # torchvision's has one width
+        (kernel, stride), self.inplanes = STEMS[stem], round(64 * width)
+        self._norm_layer, self.groups, self.base_width, self.dilation = nn.BatchNorm2d, 1, 64, 1
+        self.conv1 = nn.Conv2d(3, self.inplanes, kernel, stride, kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(self.inplanes)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
         self.stages = [f"layer{i + 1}" for i in range(len(layers))]
-        for stage, depth in zip(self.stages, layers):
-            blocks = []
-            for i in range(depth):
-                stride = 2 if i == 0 and stage != "layer1" else 1
-                shortcut = None
-                if stride > 1 or channels != planes * block.expansion:
-                    conv = nn.Conv2d(channels, planes * block.expansion, 1, stride, bias=False)
-                    shortcut = nn.Sequential(conv, nn.BatchNorm2d(planes * block.expansion))
-                blocks.append(block(channels, planes, stride, shortcut))
-                channels = planes * block.expansion
-            self.add_module(stage, nn.Sequential(*blocks))
-            planes *= 2
-        self.feature_dim = channels
+        planes = [round(64 * width) * 2**i for i in range(len(layers))]
+        for stage, *shape in zip(self.stages, planes, layers, (1, 2, 2, 2)):
+            self.add_module(stage, self._make_layer(block, *shape))
+        self.feature_dim = self.inplanes
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -968,40 +913,59 @@ class ResNet(nn.Module):
         return x.mean((2, 3))
 
 
+class VGG(nn.Module):
+    """VGG with BN (Simonyan and Zisserman, 2015): (B, 3, H, W) -> (B, C), the mean of torchvision's
+    `features`, of any width. layers: channels of convolutions, "M" for max-pooling."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.features = vgg.make_layers(layers, batch_norm=True)
+        self.stages = [f"features.{i}" for i, module in enumerate(self.features)
+                       if isinstance(module, nn.MaxPool2d)]
+        self.feature_dim = layers[-2]
+        for module in self.features:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x):
+        if min(x.shape[2:]) < 32:
+            raise Failure("a VGG halves its images five times: they need 32 pixels at least")
+        return self.features(x).mean((2, 3))
+
+
 def architecture(text):
-    """An argparse type: a name of DEPTHS, or such a name times a width ("resnet18x2")."""
+    """An argparse type: a name of DEPTHS or VGGS, or such a name times a width ("resnet18x2")."""
     name, _, width = text.partition("x")
-    if name not in DEPTHS or not re.fullmatch(r"(\d+(\.\d+)?)?", width) or \
-            round(32 * float(width or 1)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(DEPTHS)}, nor a wider one")
+    known = name in DEPTHS or name in VGGS
+    if not known or not re.fullmatch(r"(\d+(\.\d+)?)?", width) or float(width or 1) < 1 / 32:
+        raise argparse.ArgumentTypeError(f"{text} is none of {ARCHS}, nor such a name and a width")
     return text
 
 
 def make_backbone(arch, image_size, zero_init_residual=False):
     """"resnet50", 224 -> ResNet; views of at most 64 pixels get a 3x3 stem without max-pooling."""
     name, _, width = arch.partition("x")
-    stem = "tiny" if name == "resnet8" else "cifar" if image_size <= 64 else "imagenet"
+    width = float(width or 1)
+    if name in VGGS:
+        return VGG([v if v == "M" else round(v * width) for v in vgg.cfgs[VGGS[name]]])
     if name == "resnet8":  # blocks that start as identity: SimCLR's demo reached 47 % kNN, not 74
-        return ResNet(*DEPTHS[name], 0.5 * float(width or 1), stem)
-    return ResNet(*DEPTHS[name], float(width or 1), stem, zero_init_residual)
+        return ResNet(*DEPTHS[name], 0.5 * width, "tiny")
+    stem = "cifar" if image_size <= 64 else "imagenet"
+    return ResNet(*DEPTHS[name], width, stem, zero_init_residual)
 
 
 # --------------------------------------------------------------------------------------- the run
 
 
-RUN_FILES = "checkpoint.pth", "backbone.pth", "log.jsonl"
-
-
 @contextlib.contextmanager
 def writing(path):
-    """Turns what can go wrong with a disk into a `Failure`."""
+    """Names the file in what can go wrong with a disk."""
     try:
         yield
-    except FileExistsError:
-        raise
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        cause = error if isinstance(error, OSError) else error.__context__ or error
-        raise Failure(f"cannot write {path}: {cause}")
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise Failure(f"cannot write {path}: {reason}")
 
 
 def save_file(path, value):
@@ -1024,23 +988,21 @@ def save_file(path, value):
 def read_file(path, mmap=False):
     """torch.load, of plain values only and with the CRCs checked, which torch does not do."""
     try:
-        if zipfile.is_zipfile(path):  # else an old format, which has none
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
-                    raise ValueError("its checksum is wrong")
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # old formats have none
+            raise ValueError("its checksum is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except OSError as error:
-        raise Failure(f"cannot read {path}: {error.strerror or error}")
     except Exception as error:  # damaged files raise a dozen kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise Failure(f"{path} is damaged, or not a file of weights: {reason}")
+        raise Failure(f"{path} is missing, damaged or no file of weights: {reason}")
 
 
-def denormalize(views):
-    """Undo Normalize: (B, 3, H, W) -> the same in [0, 1]."""
-    mean, std = (views.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (views * std + mean).clamp(0, 1)
+def run_folders(method):
+    """runs/<method>, runs/<method>-2, ...: those that exist, and then the next."""
+    for n in itertools.count(1):
+        yield (folder := Path("runs", method + f"-{n}" * (n > 1)))
+        if not folder.exists():
+            return
 
 
 class Run:
@@ -1050,87 +1012,64 @@ class Run:
     that is --lr · batch / 256; folder; step, the optimizer steps done.
     """
 
-    MAY_CHANGE = {"data", "out", "resume", "workers", "device", "print_freq", "eval_every", "given"}
+    MAY_CHANGE = {"data", "out", "resume", "workers", "device", "print_freq", "eval_every"}
 
     def __init__(self, method, args):
-        self.method, self.args, self.step, self.saved = method, args, 0, None
+        self.method, self.args, self.step, self.saved, self.report = method, args, 0, None, None
         self.device = start_processes(args.device)
         torch.backends.cudnn.benchmark = not args.deterministic
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        self.folder = self._given_folder()
-        self.checkpoint = self.folder and self.folder / "checkpoint.pth"
-        if args.resume and self.folder and self.checkpoint.exists():
-            self.saved = read_file(self.checkpoint)
-            self._adopt_arguments()
+        *existing, _ = run_folders(method)
+        self.folder = existing[-1] if args.resume and existing else None
+        if args.out:
+            self.folder = Path(args.out)
+        if self.folder:
+            self._open_folder()
         self.train_set, self.test_set = load_data(args.data, args.image_size, args.max_images,
                                                   args.workers, self.device)
-        self._fit_batch(len(self.train_set))
+        images, share = len(self.train_set), 2 * world_size()
+        if args.batch_size > images:  # a recipe's shrinks to the set; one given by hand does not
+            if "batch_size" in args.given or images < share:
+                raise Failure(f"{images} images are fewer than --batch-size {args.batch_size}")
+            args.batch_size = images // share * share
+            self.say(f"batch of {args.batch_size}, since there are {images} images")
         names = "\n".join(self.train_set.names).encode(errors="surrogateescape")
         self.images = hashlib.sha256(names).hexdigest()[:16]
         if self.saved and self.saved["images"] != self.images:
             raise Failure(f"{self.checkpoint} was trained on other images than those of --data")
-        self.steps_per_epoch = len(self.train_set) // args.batch_size
+        self.steps_per_epoch = images // args.batch_size
         self.total_steps = args.epochs * self.steps_per_epoch
         self.warmup_steps = round(args.warmup_epochs * self.steps_per_epoch)
         self.peak_lr = args.lr * args.batch_size / 256
-        self.say(f"recipe {args.recipe}, {args.data or 'built-in set'}: {len(self.train_set):,} images, "
+        self.say(f"recipe {args.recipe}, {args.data or 'built-in set'}: {images:,} images, "
                  f"learning rate {args.lr:g} x {args.batch_size}/256 = {self.peak_lr:g}")
         torch.manual_seed(args.seed)
 
-    def _given_folder(self):
-        """--out, which holds no run already; to resume without it, the last of runs/<method>*."""
-        if self.args.out:
-            folder = Path(self.args.out)
-            if folder.exists() and not folder.is_dir():
-                raise Failure(f"--out {folder} is not a folder")
-            if not self.args.resume and any((folder / f).exists() for f in RUN_FILES):
-                raise Failure(f"--out {folder} holds a run: add --resume, or choose another folder")
-            return folder
-        if self.args.resume:
-            found = list(itertools.takewhile(Path.exists, self._folders()))
-            return found[-1] if found else None
-
-    def _folders(self):
-        return (Path("runs", self.method + f"-{n}" * (n > 1)) for n in itertools.count(1))
-
-    def _new_folder(self):
-        """The first of runs/<method>, -2, -3, ... that this process can create, for all."""
-        folder = None
-        if rank() == 0:
-            for folder in self._folders():
-                with contextlib.suppress(FileExistsError), writing(folder):
-                    folder.mkdir(parents=True)
-                    break
-        if world_size() > 1:
-            dist.broadcast_object_list(shared := [folder])
-            folder = shared[0]
-        return folder
-
-    def _adopt_arguments(self):
-        """Flags that were not given by hand are as they were; others must not differ."""
-        found = self.saved.get("method") if isinstance(self.saved, dict) else None
-        if found != self.method or not isinstance(self.saved.get("args"), dict):
-            raise Failure(f"{self.checkpoint} holds no run of {self.method}.py (method: {found})")
-        for key, old in self.saved["args"].items():
-            new = getattr(self.args, key, None)
-            if key in self.args.given and key not in self.MAY_CHANGE and new != old:
+    def _open_folder(self):
+        """Refuse a folder with a run in it; to resume, read the checkpoint. Arguments that were not
+        given by hand become what they were, others must not differ."""
+        args, self.checkpoint = self.args, self.folder / "checkpoint.pth"
+        with writing(f"--out {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        files = self.checkpoint, self.folder / "backbone.pth", self.folder / "log.jsonl"
+        if not args.resume and any(map(Path.exists, files)):
+            raise Failure(f"--out {args.out} holds a run: add --resume, or choose another folder")
+        if not self.checkpoint.exists():
+            return
+        self.saved = saved = read_file(self.checkpoint)
+        if not (isinstance(saved, dict) and saved.get("method") == self.method and "args" in saved):
+            raise Failure(f"{self.checkpoint} holds no run of {self.method}.py")
+        for key, old in saved["args"].items():
+            given, new = key in args.given, getattr(args, key, None)
+            if given and key not in self.MAY_CHANGE and new != old:
                 raise Failure(f"{self.checkpoint} has --{key.replace('_', '-')} {old}, this run "
                               f"{new}; use another --out")
-            if key not in self.args.given and key not in ("out", "resume", "device", "workers"):
-                setattr(self.args, key, old)
-
-    def _fit_batch(self, images):
-        """A recipe's batch shrinks to the size of the set; one given by hand does not."""
-        batch, each = self.args.batch_size, 2 * world_size()
-        if batch > images:
-            if "batch_size" in self.args.given or images < each:
-                raise Failure(f"{images} training images are fewer than --batch-size {batch}")
-            self.args.batch_size = images // each * each
-            self.say(f"batch of {self.args.batch_size}, since there are {images} images")
-        if batch % world_size():
-            raise Failure(f"a batch of {batch} has no equal shares for {world_size()} processes")
+            if not given and key not in ("out", "resume", "device", "workers"):
+                setattr(args, key, old)
+        if args.batch_size % world_size():
+            raise Failure(f"{world_size()} processes cannot share a batch of {args.batch_size}")
 
     def say(self, line):
         if rank() == 0:
@@ -1151,25 +1090,26 @@ class Run:
     def start(self, model, optimizer, backbone, sync_bn=True):
         """Place, restore and wrap the model -> what the loop calls instead of it. `backbone` is the
         part that is evaluated and saved by itself."""
-        self.model, self.optimizer, self.backbone, self.report = model, optimizer, backbone, None
+        self.model, self.optimizer, self.backbone, log_length = model, optimizer, backbone, 0
         model.to(self.device, memory_format=torch.channels_last)
         if sync_bn:
             sync_batch_norm(model)
-        if self.saved:
+        if saved := self.saved:
             try:
-                model.load_state_dict(self.saved["model"])
-                optimizer.load_state_dict(self.saved["optimizer"])
-                self.step, self.report = self.saved["step"], self.saved["report"]
+                model.load_state_dict(saved["model"])
+                optimizer.load_state_dict(saved["optimizer"])
+                self.step, self.report, log_length = saved["step"], saved["report"], saved["log"]
             except (KeyError, RuntimeError, ValueError) as error:
                 raise Failure(f"{self.checkpoint} does not fit this model: {error}")
-        self.folder = self.folder or self._new_folder()
-        self.checkpoint = self.folder / "checkpoint.pth"
+            self.saved = None  # its memory
+        if not self.folder:
+            *_, self.folder = run_folders(self.method)
+            self.checkpoint = self.folder / "checkpoint.pth"
         self.say(f"writing to {self.folder}, training on {self.device}")
         if rank() == 0:
-            self._open_log(self.saved["log"] if self.saved else 0)
-        self.saved = None
+            self._open_log(self.folder / "log.jsonl", log_length)
         self.signal, self.deferring = 0, False
-        for number in signal.SIGINT, signal.SIGTERM:
+        for number in SIGNALS:
             signal.signal(number, self._on_signal)
         if self.args.compile:
             model.compile()
@@ -1178,23 +1118,21 @@ class Run:
         return nn.parallel.DistributedDataParallel(
             model, [self.device] if self.device.type == "cuda" else None)
 
-    def _open_log(self, length):
+    def _open_log(self, path, length):
         """Continue log.jsonl after its first `length` bytes; one process at a time."""
-        path = self.folder / "log.jsonl"
         with writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.log_file = open(path, "a")
-            if fcntl:
-                try:
-                    fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise Failure(f"another process is writing to {self.folder}")
+            try:
+                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Failure(f"another process is writing to {self.folder}")
             self.log_file.truncate(min(length, path.stat().st_size))
 
     def sample(self, count=8):
         """-> the first images of the training set, uint8, and their aspects."""
-        return next(self.train_set.batches([torch.arange(min(count, len(self.train_set)))],
-                                           self.device))
+        rows = torch.arange(min(count, len(self.train_set)))
+        return next(self.train_set.batches([rows], self.device))
 
     def save_picture(self, name, *columns):
         """Columns of pictures (B, 3, ., .) in [0, 1], of any sizes: a row for each of the B."""
@@ -1224,13 +1162,13 @@ class Run:
         """Yields step, images (B/W, 3, S, S) uint8 and aspect (B/W,), until the last step.
 
         Epochs are permutations by seed and epoch, without an incomplete last batch; before each
-        step the generators are seeded by seed and step: so a resumed run continues bit for bit, with
-        any number of workers. Between steps it saves, evaluates, and obeys signals.
+        step the generators are seeded by seed and step: so a resumed run continues bit for bit,
+        with any number of workers. Between steps it saves, evaluates, and obeys signals.
         """
         batches = self.train_set.batches(self._order(), self.device)
         self.started = self.printed = self.saved_at = time.monotonic()
         self.first_step = self.printed_step = self.step
-        stop, self.deferring = 0, True
+        self.deferring = True
         try:
             if not self.report:
                 self._evaluate_if_due()
@@ -1241,72 +1179,69 @@ class Run:
                     torch.cuda.manual_seed(seed)
                 yield self.step, images, aspect
                 self.step += 1
-                stop = self._agreed_stop()
-                epoch_ends = self.step % self.steps_per_epoch == 0
+                stop, epoch_ends = self._stops(), self.step % self.steps_per_epoch == 0
                 if stop or epoch_ends or time.monotonic() - self.saved_at > 600:
                     self.train_set.warn_of_unreadable()
                     self.save()
                 if stop:
                     self.train_set.loader = None
-                    break
+                    self._exit()
                 self._evaluate_if_due()
         finally:
             batches.close()
             self.deferring = False
-        if stop:
-            self._exit(stop)
 
     def _order(self):
         """This process's share of each batch's indices, from the current step to the last."""
-        share, epoch = self.args.batch_size // world_size(), None
+        n, batch, order = len(self.train_set), self.args.batch_size, None
         for step in range(self.step, self.total_steps):
-            if epoch != step // self.steps_per_epoch:
-                epoch = step // self.steps_per_epoch
+            epoch, first = divmod(step, self.steps_per_epoch)
+            if order is None or first == 0:
                 seed = 2**40 + self.args.seed * 1_000_003 + epoch
-                order = torch.randperm(len(self.train_set),
-                                       generator=torch.Generator().manual_seed(seed))
+                order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
                 if self.train_set.pixels is not None:
                     order = order.to(self.device)
-            first = step % self.steps_per_epoch * self.args.batch_size + rank() * share
-            yield order[first : first + share]
+            yield order[first * batch :][:batch].chunk(world_size())[rank()]
 
     def _on_signal(self, number, _):
         self.signal = 128 + number
         if not self.deferring:
-            self._exit(self.signal)
+            self._exit()
 
-    def _exit(self, status):
+    def _stops(self):
+        """Whether a signal came; several processes agree on it at log lines only."""
+        if world_size() > 1:
+            if not self.prints(self.step - 1):
+                return False
+            dist.all_reduce(agreed := torch.tensor(self.signal), dist.ReduceOp.MAX)
+            self.signal = int(agreed)
+        return self.signal > 0
+
+    def _exit(self):
         if self.checkpoint.exists():
             self.say(f"saved at step {self.step}")
-        sys.exit(status)
-
-    def _agreed_stop(self):
-        """The signal's exit status, or 0; several processes agree on it at log lines only."""
-        if world_size() == 1:
-            return self.signal
-        if not self.prints(self.step - 1):
-            return 0
-        dist.all_reduce(agreed := torch.tensor(self.signal), dist.ReduceOp.MAX)
-        return int(agreed)
+        sys.exit(self.signal)
 
     def log(self, step, loss, lr, chance=None, **health):
         """A line on the screen and in log.jsonl, for steps that `prints`; ends the run if the loss
         is not finite. loss and health: scalars, averaged over the processes."""
+        line, done, now = {"loss": loss, **health}, step + 1, time.monotonic()
         values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device)
-                              for v in (loss, *health.values())]).detach()
-        loss, *values = (round(v, 6) for v in (all_sum(values) / world_size()).tolist())
-        health, done, now = dict(zip(health, values)), step + 1, time.monotonic()
-        if not math.isfinite(loss):
-            raise self._diverged(f"loss is {loss}", done)
+                              for v in line.values()]).detach()
+        values = (all_sum(values) / world_size()).tolist()
+        line = {name: round(value, 6) for name, value in zip(line, values)}
+        if not math.isfinite(line["loss"]):
+            raise self._diverged(f"loss is {line['loss']}", done)
         speed = (done - self.printed_step) * self.args.batch_size / (now - self.printed)
         left = (self.total_steps - done) * (now - self.started) / (done - self.first_step)
         self.printed, self.printed_step, epoch = now, done, -(-done // self.steps_per_epoch)
-        self._write({"step": done, "epoch": epoch, "loss": loss, **health, "lr": lr,
-                     "images_per_s": round(speed), "seconds": round(now - self.started, 2)})
-        self.say(f"epoch {epoch}/{self.args.epochs}  step {done}/{self.total_steps}  loss {loss:.4f}"
-                 + (f" (chance {chance:.4f})" if chance is not None else "")
-                 + "".join(f"  {k} {v:.4f}" for k, v in health.items())
-                 + f"  lr {lr:.3g}  {speed:,.0f} images/s  {clock(left)} left")
+        self._write({"step": done, "epoch": epoch, **line, "lr": lr, "images_per_s": round(speed),
+                     "seconds": round(now - self.started, 2)})
+        loss, *health = (f"{name} {value:.4f}" for name, value in line.items())
+        loss += f" (chance {chance:.4f})" if chance is not None else ""
+        self.say("  ".join([f"epoch {epoch}/{self.args.epochs}", f"step {done}/{self.total_steps}",
+                            loss, *health, f"lr {lr:.3g}", f"{speed:,.0f} images/s",
+                            f"{timedelta(seconds=round(left))} left"]))
         if done == 1 and left > 86400 and self.device.type == "cpu":
             self.say("this takes days on a CPU; --recipe demo trains a small network")
 
