@@ -5,9 +5,10 @@ classifier, beside the same network at random initialisation and raw pixels, so 
 training added; and diagnostics of collapse, which need no labels.
 
     images ─► frozen backbone ─► features ─┬─► vote of the nearest training features ────► top-1
-                                 (N, C)    ├─► softmax regression, its penalty chosen on
-                                           │   a held-out tenth of the training set ─────► top-1
-                                           └─► spread, rank, alignment, uniformity
+                  │              (N, C)    ├─► softmax regression, its penalty chosen on
+                  │                        │   a held-out tenth of the training set ─────► top-1
+                  │                        └─► spread, rank, alignment, uniformity
+                  └─► --layers: the same top-1 after each stage (pretext tasks: best in the middle)
 
 Run    python linear_probe.py --checkpoint runs/simclr/checkpoint.pth --data folder
        Also for files of torchvision, timm, MoCo, SimSiam, SwAV, Barlow Twins, VICReg, DINO, MAE and
@@ -26,6 +27,7 @@ import math
 import re
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -60,6 +62,44 @@ def extract_features(backbone, image_set, image_size, device, view=None, indices
     rows = gather(torch.cat([torch.cat(rows), readable], 1)).unflatten(0, (world_size(), share))
     rows = rows.transpose(0, 1).flatten(0, 1)[: len(indices)]
     return rows[:, :-1], rows[:, -1] > 0
+
+
+class Stages(nn.Module):
+    """The features after each stage of a backbone, side by side: (B, 3, H, W) -> (B, all of them).
+
+    A map is averaged over the cells of a grid, so fine that about `features` numbers are left
+    (True: as many as the backbone's output): stages are compared at the same number, because more
+    features alone raise an accuracy. ViT: the mean of the patches and the class token after each
+    block, through the last LayerNorm, and the class tokens of the last four (DINO's probe of
+    ViT-S). `columns`: name -> columns of the result; the last is the last stage.
+    """
+
+    def __init__(self, backbone, features=True):
+        super().__init__()
+        self.backbone, self.features, self.columns = backbone, features, {}
+        self.stages = getattr(backbone, "stages", None) or [
+            f"blocks.{i}" for i in range(len(backbone.blocks))]
+
+    def forward(self, x):
+        outputs, found = [], {}
+        hooks = [self.backbone.get_submodule(stage).register_forward_hook(
+            lambda module, inputs, output: outputs.append(output)) for stage in self.stages]
+        width = self.backbone(x).shape[1]
+        for hook in hooks:
+            hook.remove()
+        features = width if self.features is True else self.features
+        for stage, z in zip(self.stages, outputs):
+            if z.dim() == 3:
+                z = self.backbone.norm(z)
+                found |= {f"{stage} mean": z[:, 1:].mean(1), f"{stage} class": z[:, 0]}
+            else:
+                side = min(max(1, round((features / z.shape[1]) ** 0.5)), z.shape[2])
+                found[stage] = F.adaptive_avg_pool2d(z.float(), side).flatten(1)
+        ends = torch.tensor([z.shape[1] for z in found.values()]).cumsum(0)
+        columns = dict(zip(found, torch.arange(ends[-1]).tensor_split(ends[:-1])))
+        last = [columns[name] for name in found if name.endswith("class")][-4:]
+        self.columns = ({"last 4 class": torch.cat(last)} if last else {}) | columns
+        return torch.cat(list(found.values()), 1)
 
 
 def labelled_features(backbone, train, test, image_size, device, fraction=1.0, seed=0):
@@ -170,8 +210,30 @@ def mlp_path(features, labels, classes):
         yield epoch, classifier
 
 
-def linear_probe(train_features, train_labels, test_features, test_labels, mlp=False):
-    """-> dict: probe (top-1 in percent), chosen (penalty strength; for the MLP, epochs), held_out.
+def sgd_path(features, labels, classes, strength):
+    """`linear_path`'s objective at one strength by SGD, batches of 256, momentum 0.9 and a constant
+    rate, from zero: yields (steps, classifier) after 10, 30, 100, ... 10,000 steps."""
+    torch.manual_seed(0)
+    classifier = nn.Linear(features.shape[1], classes).to(features)
+    for p in classifier.parameters():
+        nn.init.zeros_(p)
+    # a bound on the curvature that a batch sees: what diverges with one set's rate fits another
+    top = torch.linalg.eigvalsh(features.T @ features / len(features))[-1]
+    curvature = (top + features.square().sum(1).mean() / 256) / 2
+    optimizer = torch.optim.SGD([{"params": classifier.weight, "weight_decay": strength},
+                                 {"params": classifier.bias}], 1 / curvature.item(), momentum=0.9)
+    for step in range(1, 10_001):
+        rows = torch.randint(len(features), (256,)).to(features.device)
+        optimizer.zero_grad()
+        F.cross_entropy(classifier(features[rows]), labels[rows]).backward()
+        optimizer.step()
+        if step in (10, 30, 100, 300, 1000, 3000, 10_000):
+            yield step, classifier
+
+
+def linear_probe(train_features, train_labels, test_features, test_labels, mlp=False, steps=False):
+    """-> dict: probe (top-1 in percent), chosen (penalty strength; for the MLP, epochs), held_out;
+    with `steps` also those of `sgd_path` -> top-1 of the linear probe after them.
 
     Features (N, C), standardised by the training ones' mean and std (MAE's BN without affine);
     labels (N,) from 0; N at least 2. Settings are tried from the simplest on; the best on a tenth
@@ -194,7 +256,23 @@ def linear_probe(train_features, train_labels, test_features, test_labels, mlp=F
         if len(held_out) - list(held_out).index(chosen) > patience:
             break
     classifier = next(fit for setting, fit in path(x, y, classes) if setting == chosen)
-    return {"probe": top1(classifier, test_x, test_labels), "chosen": chosen, "held_out": held_out}
+    curve = sgd_path(x, y, classes, chosen) if steps else ()
+    return {"probe": top1(classifier, test_x, test_labels), "chosen": chosen, "held_out": held_out,
+            **({"steps": {n: top1(fit, test_x, test_labels) for n, fit in curve}} if steps else {})}
+
+
+def accuracies(found, mlp=False, steps=False):
+    """What `labelled_features` found -> dict: knn; of rank 0, which alone fits, also that of
+    `linear_probe`, and with mlp the top-1 mlp after `epochs`."""
+    from common import rank
+
+    result = {"knn": knn(*found)}
+    if rank() == 0:
+        result |= linear_probe(*found, steps=steps)
+        if mlp:
+            fit = linear_probe(*found, mlp=True)
+            result |= {"mlp": fit["probe"], "epochs": fit["chosen"]}
+    return result
 
 
 # ----------------------------------------------------------------------------------------- report
@@ -227,14 +305,18 @@ def digest(backbone):
     return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in tensors)).hexdigest()[:16]
 
 
-def evaluate(backbone, initial, train, test, image_size, device, mlp=False, labels=1.0, seed=0):
+def evaluate(backbone, initial, train, test, image_size, device, mlp=False, labels=1.0, seed=0,
+             layers=False, steps=False):
     """-> dict for `print_report`: diagnostics, kNN and probe of the backbone, of `initial` (the
-    same architecture, untrained) and of raw pixels. labels: fraction of the training labels to use.
+    same architecture, untrained) and of raw pixels.
 
+    labels: fraction of the training labels to use. mlp: also a probe with a hidden layer. layers:
+    also after each stage (True, or about how many features, see `Stages`), with the last stage and
+    the best by held-out accuracy. steps: also the probe by so many steps of SGD.
     The backbone stays frozen; `Failure` if it changed. Only rank 0 fits, so only it has the probes.
     """
     from common import (Augment, ColorJitter, Failure, Normalize, RandomHorizontalFlip,
-                        RandomResizedCrop, rank)
+                        RandomResizedCrop)
 
     view = Augment([RandomResizedCrop(image_size, scale=(0.2, 1)), RandomHorizontalFlip(0.5),
                     ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), Normalize()])
@@ -249,12 +331,21 @@ def evaluate(backbone, initial, train, test, image_size, device, mlp=False, labe
         torch.manual_seed(seed)
         (z1, good), (z2, _) = (extract_features(network, viewed, image_size, device, view, sample)
                                for _ in range(2))
-        report[name] = diagnostics(z1[good], z2[good])
+        row = report[name] = diagnostics(z1[good], z2[good])
         if found := labelled_features(network, train, test, image_size, device, labels, seed):
-            report[name]["knn"] = knn(*found)
-            report[name] |= linear_probe(*found, mlp) if rank() == 0 else {}
+            row |= accuracies(found, mlp, steps and network is backbone)
             report["images"] = [len(found[1]), len(found[3])]
             report["chance"] = 100 * found[3].bincount().max().item() / len(found[3])
+        if found and layers and network is not pixels:
+            stages = Stages(network, layers)
+            x, y, test_x, test_y = labelled_features(stages, train, test, image_size, device,
+                                                     labels, seed)
+            row["layers"] = {stage: {"features": len(c), **accuracies((x[:, c], y, test_x[:, c],
+                                                                       test_y), mlp)}
+                             for stage, c in stages.columns.items()}
+    if found := report["trained"].get("layers"):
+        report["last_layer"] = list(found)[-1]
+        report["best_layer"] = max(found, key=lambda s: max(found[s].get("held_out", {0: 0}).values()))
     trainable = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
     if trainable or backbone.training or digest(backbone) != before:
         raise Failure("the backbone changed while it was evaluated: the results are void")
@@ -264,9 +355,10 @@ def evaluate(backbone, initial, train, test, image_size, device, mlp=False, labe
 
 def print_report(report):
     """A line for each representation, accuracies in percent; then the choice and the proof."""
-    columns = "knn", "probe", "spread", "effective_rank", "alignment", "uniformity"
+    trained, random = report["trained"], report["random"]
+    tops = ["knn", "probe", *["mlp"] * ("mlp" in trained)]
+    columns = [*tops, "spread", "effective_rank", "alignment", "uniformity"]
     print("       ", *(f"{column:>14}" for column in columns))
-    trained = report["trained"]
     for name in "trained", "random", "pixels":
         print(f"{name:7}", *(f"{report[name].get(column, math.nan):14.2f}" for column in columns))
     if "chance" in report:
@@ -275,7 +367,36 @@ def print_report(report):
         print(f"probe: chose {trained['chosen']:.2g} by held-out accuracy ({choices})")
     else:
         print("nothing to measure accuracy on: no labels, or no test images")
+    if "steps" in trained:
+        print("probe by steps of SGD:", *(f"{n}: {top1:.1f}," for n, top1 in
+              trained["steps"].items()), f"converged: {trained['probe']:.1f}")
+    if "layers" in trained:
+        print(f"\n{'stage':14} features", *(f"{top:>8} {'random':>8}" for top in tops))
+        for stage, row in trained["layers"].items():
+            print(f"{stage:14} {row['features']:8}", *(f"{row[top]:8.2f} {other[top]:8.2f}"
+                  for other in [random["layers"][stage]] for top in tops))
+        for kind, note in ("best", ", chosen by held-out accuracy"), ("last", ""):
+            stage = report[f"{kind}_layer"]
+            print(f"{kind} stage: {stage}, probe {trained['layers'][stage]['probe']:.2f}{note}")
     print("frozen:", report["frozen"])
+
+
+def save_neighbours(rows, sets, image_size, device, path):
+    """A picture of eight images of the last set, each followed by the seven nearest training images
+    by cosine similarity. rows: the features (N, C) of each of the sets, the first for training."""
+    from common import denormalize, eval_view, writing
+    from torchvision.utils import save_image
+
+    queries = torch.arange(0, len(sets[-1]), -(-len(sets[-1]) // 8))
+    similarity = F.normalize(rows[-1][queries], dim=1) @ F.normalize(rows[0], dim=1).T
+    if len(sets) == 1:
+        similarity[torch.arange(len(queries)), queries] = -math.inf  # it is no neighbour of itself
+    nearest = similarity.topk(min(7, len(sets[0]))).indices
+    pictures = [denormalize(eval_view(*next(images.batches([i.flatten()], device)), image_size))
+                for images, i in ((sets[-1], queries), (sets[0], nearest))]
+    table = torch.cat([pictures[0][:, None], pictures[1].unflatten(0, nearest.shape)], 1)
+    with writing(path):
+        save_image(table.flatten(0, 1), path, nrow=table.shape[1], format="png")
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -297,13 +418,13 @@ def read_backbone(path):
 
     checkpoint = read_file(path)
     found = find_weights(checkpoint)
-    first = re.compile(r"(|.*\.)(layer1\.0\.conv1|patch_embed\.proj)\.weight")
+    first = re.compile(r"(|.*\.)(layer1\.0\.conv1|patch_embed\.proj|features\.0)\.weight")
     prefixes = [match[1] for match in map(first.fullmatch, found) if match]
     if not prefixes:
-        raise Failure(f"{path} holds no backbone: no layer1.0.conv1 and no patch_embed.proj")
+        raise Failure(f"{path} holds no backbone: no layer1.0.conv1, patch_embed.proj or features.0")
     last = re.compile("student|target|momentum|key|encoder_k")
     prefix = min(prefixes, key=lambda p: 0 if "teacher" in p else 2 if last.search(p) else 1)
-    own = r"(conv1|bn1|layer\d|cls_token|pos_embed|patch_embed|blocks|norm)(\..+)?"  # so no head
+    own = r"(conv1|bn1|layer\d|features|cls_token|pos_embed|patch_embed|blocks|norm)(\..+)?"  # so no head
     weights = {name.removeprefix(prefix): tensor for name, tensor in found.items()
                if name.startswith(prefix) and re.fullmatch(own, name.removeprefix(prefix))}
     if not all(tensor.isfinite().all() for tensor in weights.values()):
@@ -311,11 +432,6 @@ def read_backbone(path):
     if isinstance(checkpoint.get("args"), dict):
         return weights, checkpoint["args"]
     return weights, {"num_heads": 12} if "base_encoder" in prefix else {}  # MoCo v3's ViTs
-
-
-def backbone_weights(path):
-    """-> {name without prefix: tensor}, to start a training from."""
-    return read_backbone(path)[0]
 
 
 def build(weights, args):
@@ -334,6 +450,11 @@ def build(weights, args):
         # the stride of a 3×3 stem leaves no trace; three stages are our resnet8, of stride 2
         stem = "imagenet" if kernel == 7 else "tiny" if len(layers) == 3 else "cifar"
         return ResNet(block, layers, channels / 64, stem), 224 if kernel == 7 else 32
+    if "features.0.weight" in weights:
+        from common import make_backbone
+
+        depth = 3 + count(r"features\.(\d+)\.running_mean")
+        return make_backbone(f"vgg{depth}_bn", 224), 224
     from dino import ViT
 
     dim, _, patch, _ = weights["patch_embed.proj.weight"].shape
@@ -374,8 +495,13 @@ def parse_args(argv=None):
         help="folder of images, or name of a torchvision set; none: the small built-in set")
     add("--labels", type=number(float, 0, 1, above=True), default=1.0, metavar="FRACTION",
         help="fraction of the training labels of each class to use")
-    add("--mlp", action="store_true", help="probe with one hidden layer of 1024 units")
+    add("--mlp", action="store_true", help="also a probe with one hidden layer of 1024 units")
+    add("--layers", type=number(int, 1), nargs="?", const=True, default=False, metavar="FEATURES",
+        help="also after each stage, averaged to about so many features; none: as at the end")
+    add("--steps", action="store_true", help="also the probe by 10, 30, ... 10,000 steps of SGD")
     add("--features", metavar="FILE.npy", help="write all features: training, then test images")
+    add("--neighbours", metavar="FILE.png", help="draw eight test images, each with the seven "
+        "nearest training images")
     add("--image-size", type=number(int, 8), help="side of a view in pixels; none: as in training")
     add("--max-images", type=number(int, 2), help="use only this many training images")
     add("-j", "--workers", type=number(int, 0), default=4, help="processes that decode images")
@@ -390,25 +516,28 @@ def parse_args(argv=None):
 
 
 def run(args):
-    from common import Failure, load_data, rank, start_processes
+    from common import Failure, load_data, rank, start_processes, writing
 
+    for path in filter(None, (args.features, args.neighbours)):
+        if not Path(path).absolute().parent.is_dir():
+            raise Failure(f"cannot write {path}: there is no such folder")  # before the hours of work
     device = start_processes(args.device)
     torch.manual_seed(args.seed)  # of the random initialisation
     backbone, initial, size = load_backbone(args.checkpoint, args.image_size)
     train, test = load_data(args.data, size, args.max_images, args.workers, device)
     backbone = backbone.to(device)
     report = evaluate(backbone, initial, train, test, size, device, args.mlp, args.labels,
-                      args.seed)
+                      args.seed, args.layers, args.steps)
     if rank() == 0:
         print_report(report)
-    if args.features:
+    if args.features or args.neighbours:
         sets = [train] if test is None else [train, test]
-        rows = torch.cat([extract_features(backbone, s, size, device)[0].cpu() for s in sets])
-        try:
-            if rank() == 0:
-                np.save(args.features, rows.numpy())
-        except OSError as error:
-            raise Failure(f"cannot write {args.features}: {error.strerror}") from error
+        rows = [extract_features(backbone, images, size, device)[0].cpu() for images in sets]
+    if args.features and rank() == 0:
+        with writing(args.features):
+            np.save(args.features, torch.cat(rows).numpy())
+    if args.neighbours and rank() == 0:
+        save_neighbours(rows, sets, size, device, args.neighbours)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import write_images
-from linear_probe import (backbone_weights, build, calibrate_batch_norm, diagnostics, digest,
+from linear_probe import (build, calibrate_batch_norm, diagnostics, digest,
                           evaluate, extract_features, knn, knn_accuracy, labelled_features,
                           linear_path, linear_probe, load_backbone, mlp_path, parse_args,
-                          print_report, run)
+                          print_report, read_backbone, run)
 from processes import run_processes
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -423,7 +423,7 @@ def test_a_resnet_of_every_layout_gives_torchvisions_features(layout, tmp_path):
     network = reference()
     torch.save(LAYOUTS[layout](network.state_dict()), tmp_path / "file.pth")
     backbone, initial, size = load_backbone(tmp_path / "file.pth")
-    initial.load_state_dict(backbone_weights(tmp_path / "file.pth"))  # as --init does
+    initial.load_state_dict(read_backbone(tmp_path / "file.pth")[0])  # as --init does
     assert digest(initial) == digest(backbone)
     initial = load_backbone(tmp_path / "file.pth")[1]
     assert size == (96 if "ours" in layout else 224)
