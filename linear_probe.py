@@ -77,6 +77,7 @@ class Stages(nn.Module):
     def __init__(self, backbone, features=True):
         super().__init__()
         self.backbone, self.features, self.columns = backbone, features, {}
+        self.train(backbone.training)  # `extract_features` restores this
         self.stages = getattr(backbone, "stages", None) or [
             f"blocks.{i}" for i in range(len(backbone.blocks))]
 
