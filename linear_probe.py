@@ -42,7 +42,7 @@ def extract_features(backbone, image_set, image_size, device, view=None, indices
     """-> features (N, C) float32 and readable (N,) bool on `device`, in the order of `indices`.
 
     Each of W processes encodes every W-th image and gets the rows of all. view(images, aspect)
-    makes the network's input; None: the centre crop. Meanwhile the network is in evaluation mode.
+    makes the network's input; None: the centre crop.
     """
     from common import eval_view, gather, progress, rank, world_size
 
@@ -67,40 +67,40 @@ def extract_features(backbone, image_set, image_size, device, view=None, indices
 class Stages(nn.Module):
     """The features after each stage of a backbone, side by side: (B, 3, H, W) -> (B, all of them).
 
-    A map is averaged over the cells of a grid, so fine that about `features` numbers are left
-    (True: as many as the backbone's output): stages are compared at the same number, because more
-    features alone raise an accuracy. ViT: the mean of the patches and the class token after each
-    block, through the last LayerNorm, and the class tokens of the last four (DINO's probe of
-    ViT-S). `columns`: name -> columns of the result; the last is the last stage.
+    A map is averaged over a grid that leaves about `features` numbers (True: as many as at the end
+    of the backbone): more features alone raise an accuracy, so stages get the same number. ViT: mean
+    of the patches and class token after each block and the last LayerNorm, and the last four class
+    tokens together (DINO's probe of ViT-S). `columns`: {name: those of its features}.
     """
 
     def __init__(self, backbone, features=True):
         super().__init__()
-        self.backbone, self.features, self.columns = backbone, features, {}
-        self.train(backbone.training)  # `extract_features` restores this
-        self.stages = getattr(backbone, "stages", None) or [
+        self.backbone, self.features = backbone, features
+        self.train(backbone.training)  # the mode that `extract_features` restores
+        self.names = getattr(backbone, "stages", None) or [
             f"blocks.{i}" for i in range(len(backbone.blocks))]
 
     def forward(self, x):
         outputs, found = [], {}
-        hooks = [self.backbone.get_submodule(stage).register_forward_hook(
-            lambda module, inputs, output: outputs.append(output)) for stage in self.stages]
+        hooks = [self.backbone.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output: outputs.append(output)) for name in self.names]
         width = self.backbone(x).shape[1]
         for hook in hooks:
             hook.remove()
-        features = width if self.features is True else self.features
-        for stage, z in zip(self.stages, outputs):
+        for name, z in zip(self.names, outputs):
             if z.dim() == 3:
                 z = self.backbone.norm(z)
-                found |= {f"{stage} mean": z[:, 1:].mean(1), f"{stage} class": z[:, 0]}
+                found |= {f"{name} mean": z[:, 1:].mean(1), f"{name} class": z[:, 0]}
             else:
-                side = min(max(1, round((features / z.shape[1]) ** 0.5)), z.shape[2])
-                found[stage] = F.adaptive_avg_pool2d(z.float(), side).flatten(1)
-        ends = torch.tensor([z.shape[1] for z in found.values()]).cumsum(0)
-        columns = dict(zip(found, torch.arange(ends[-1]).tensor_split(ends[:-1])))
-        last = [columns[name] for name in found if name.endswith("class")][-4:]
-        self.columns = ({"last 4 class": torch.cat(last)} if last else {}) | columns
-        return torch.cat(list(found.values()), 1)
+                side = ((width if self.features is True else self.features) / z.shape[1]) ** 0.5
+                side = min(max(round(side), 1), z.shape[2])
+                found[name] = F.adaptive_avg_pool2d(z, side).flatten(1)
+        features = torch.cat(list(found.values()), 1)
+        columns = torch.arange(features.shape[1]).split([z.shape[1] for z in found.values()])
+        self.columns = dict(zip(found, columns))
+        if any(name.endswith(" class") for name in found):
+            self.columns = {"last 4 class": torch.cat(columns[1::2][-4:]), **self.columns}
+        return features
 
 
 def labelled_features(backbone, train, test, image_size, device, fraction=1.0, seed=0):
@@ -127,7 +127,7 @@ def labelled_features(backbone, train, test, image_size, device, fraction=1.0, s
 
 
 def knn_accuracy(backbone, train, test, image_size, device):
-    """kNN top-1 in percent, for use during training; None without labels."""
+    """kNN top-1 in percent; None without labels."""
     found = labelled_features(backbone, train, test, image_size, device)
     return found and knn(*found)
 
@@ -212,17 +212,16 @@ def mlp_path(features, labels, classes):
 
 
 def sgd_path(features, labels, classes, strength):
-    """`linear_path`'s objective at one strength by SGD, batches of 256, momentum 0.9 and a constant
-    rate, from zero: yields (steps, classifier) after 10, 30, 100, ... 10,000 steps."""
+    """One strength of `linear_path` by SGD, from zero, in batches of 256 with momentum 0.9 at a
+    constant rate: yields (steps, classifier) after 10, 30, 100, ... 10,000 steps."""
     torch.manual_seed(0)
     classifier = nn.Linear(features.shape[1], classes).to(features)
-    for p in classifier.parameters():
-        nn.init.zeros_(p)
-    # a bound on the curvature that a batch sees: what diverges with one set's rate fits another
-    top = torch.linalg.eigvalsh(features.T @ features / len(features))[-1]
-    curvature = (top + features.square().sum(1).mean() / 256) / 2
+    torch._foreach_zero_(list(p.data for p in classifier.parameters()))
+    # the rate that the curvature allows, which batches raise by an image's squared length / 256
+    curvature = torch.linalg.eigvalsh(features.T @ features / len(features))[-1].item() / 2
+    curvature += features.square().sum(1).mean().item() / 512 + 1e-6
     optimizer = torch.optim.SGD([{"params": classifier.weight, "weight_decay": strength},
-                                 {"params": classifier.bias}], 1 / curvature.item(), momentum=0.9)
+                                 {"params": classifier.bias}], 1 / curvature, momentum=0.9)
     for step in range(1, 10_001):
         rows = torch.randint(len(features), (256,)).to(features.device)
         optimizer.zero_grad()
@@ -233,8 +232,8 @@ def sgd_path(features, labels, classes, strength):
 
 
 def linear_probe(train_features, train_labels, test_features, test_labels, mlp=False, steps=False):
-    """-> dict: probe (top-1 in percent), chosen (penalty strength; for the MLP, epochs), held_out;
-    with `steps` also those of `sgd_path` -> top-1 of the linear probe after them.
+    """-> dict: probe (top-1 in percent), chosen (penalty strength; for the MLP, epochs), held_out,
+    and, to show how far it has converged, steps: {steps of `sgd_path`: top-1}.
 
     Features (N, C), standardised by the training ones' mean and std (MAE's BN without affine);
     labels (N,) from 0; N at least 2. Settings are tried from the simplest on; the best on a tenth
@@ -257,22 +256,20 @@ def linear_probe(train_features, train_labels, test_features, test_labels, mlp=F
         if len(held_out) - list(held_out).index(chosen) > patience:
             break
     classifier = next(fit for setting, fit in path(x, y, classes) if setting == chosen)
-    curve = sgd_path(x, y, classes, chosen) if steps else ()
-    return {"probe": top1(classifier, test_x, test_labels), "chosen": chosen, "held_out": held_out,
-            **({"steps": {n: top1(fit, test_x, test_labels) for n, fit in curve}} if steps else {})}
+    result = {"probe": top1(classifier, test_x, test_labels), "chosen": chosen, "held_out": held_out}
+    if steps:
+        path = sgd_path(x, y, classes, chosen)
+        result["steps"] = {n: top1(fit, test_x, test_labels) for n, fit in path}
+    return result
 
 
 def accuracies(found, mlp=False, steps=False):
-    """What `labelled_features` found -> dict: knn; of rank 0, which alone fits, also that of
-    `linear_probe`, and with mlp the top-1 mlp after `epochs`."""
-    from common import rank
-
-    result = {"knn": knn(*found)}
-    if rank() == 0:
-        result |= linear_probe(*found, steps=steps)
-        if mlp:
-            fit = linear_probe(*found, mlp=True)
-            result |= {"mlp": fit["probe"], "epochs": fit["chosen"]}
+    """Of `labelled_features`' result -> knn, what `linear_probe` gives, and of an MLP top-1 and
+    epochs, in one dict."""
+    result = {"knn": knn(*found), **linear_probe(*found, steps=steps)}
+    if mlp:
+        fit = linear_probe(*found, mlp=True)
+        result |= {"mlp": fit["probe"], "epochs": fit["chosen"]}
     return result
 
 
@@ -308,16 +305,15 @@ def digest(backbone):
 
 def evaluate(backbone, initial, train, test, image_size, device, mlp=False, labels=1.0, seed=0,
              layers=False, steps=False):
-    """-> dict for `print_report`: diagnostics, kNN and probe of the backbone, of `initial` (the
-    same architecture, untrained) and of raw pixels.
+    """-> dict for `print_report`: diagnostics and accuracies of the backbone, of `initial` (the same
+    architecture, untrained) and of raw pixels.
 
-    labels: fraction of the training labels to use. mlp: also a probe with a hidden layer. layers:
-    also after each stage (True, or about how many features, see `Stages`), with the last stage and
-    the best by held-out accuracy. steps: also the probe by so many steps of SGD.
-    The backbone stays frozen; `Failure` if it changed. Only rank 0 fits, so only it has the probes.
+    labels: fraction of the training labels to use. mlp, steps: as for `accuracies`. layers: those
+    of `Stages`, too, with about so many features each; the best is chosen by held-out accuracy.
+    The backbone stays frozen; `Failure` if it changed. Only rank 0 has the accuracies.
     """
     from common import (Augment, ColorJitter, Failure, Normalize, RandomHorizontalFlip,
-                        RandomResizedCrop)
+                        RandomResizedCrop, rank)
 
     view = Augment([RandomResizedCrop(image_size, scale=(0.2, 1)), RandomHorizontalFlip(0.5),
                     ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), Normalize()])
@@ -333,20 +329,20 @@ def evaluate(backbone, initial, train, test, image_size, device, mlp=False, labe
         (z1, good), (z2, _) = (extract_features(network, viewed, image_size, device, view, sample)
                                for _ in range(2))
         row = report[name] = diagnostics(z1[good], z2[good])
-        if found := labelled_features(network, train, test, image_size, device, labels, seed):
-            row |= accuracies(found, mlp, steps and network is backbone)
+        given = train, test, image_size, device, labels, seed
+        if found := labelled_features(network, *given):
+            row |= accuracies(found, mlp, steps and network is backbone) if rank() == 0 else {}
             report["images"] = [len(found[1]), len(found[3])]
             report["chance"] = 100 * found[3].bincount().max().item() / len(found[3])
         if found and layers and network is not pixels:
             stages = Stages(network, layers)
-            x, y, test_x, test_y = labelled_features(stages, train, test, image_size, device,
-                                                     labels, seed)
-            row["layers"] = {stage: {"features": len(c), **accuracies((x[:, c], y, test_x[:, c],
-                                                                       test_y), mlp)}
-                             for stage, c in stages.columns.items()}
+            x, y, test_x, test_y = labelled_features(stages, *given)
+            row["layers"] = {stage: accuracies((x[:, c], y, test_x[:, c], test_y), mlp)
+                             | {"features": len(c)}
+                             for stage, c in stages.columns.items() if rank() == 0}
     if found := report["trained"].get("layers"):
+        report["best_layer"] = max(found, key=lambda s: max(found[s]["held_out"].values()))
         report["last_layer"] = list(found)[-1]
-        report["best_layer"] = max(found, key=lambda s: max(found[s].get("held_out", {0: 0}).values()))
     trainable = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
     if trainable or backbone.training or digest(backbone) != before:
         raise Failure("the backbone changed while it was evaluated: the results are void")
@@ -356,7 +352,7 @@ def evaluate(backbone, initial, train, test, image_size, device, mlp=False, labe
 
 def print_report(report):
     """A line for each representation, accuracies in percent; then the choice and the proof."""
-    trained, random = report["trained"], report["random"]
+    trained = report["trained"]
     tops = ["knn", "probe", *["mlp"] * ("mlp" in trained)]
     columns = [*tops, "spread", "effective_rank", "alignment", "uniformity"]
     print("       ", *(f"{column:>14}" for column in columns))
@@ -369,33 +365,29 @@ def print_report(report):
     else:
         print("nothing to measure accuracy on: no labels, or no test images")
     if "steps" in trained:
-        print("probe by steps of SGD:", *(f"{n}: {top1:.1f}," for n, top1 in
-              trained["steps"].items()), f"converged: {trained['probe']:.1f}")
-    if "layers" in trained:
-        print(f"\n{'stage':14} features", *(f"{top:>8} {'random':>8}" for top in tops))
-        for stage, row in trained["layers"].items():
-            print(f"{stage:14} {row['features']:8}", *(f"{row[top]:8.2f} {other[top]:8.2f}"
-                  for other in [random["layers"][stage]] for top in tops))
-        for kind, note in ("best", ", chosen by held-out accuracy"), ("last", ""):
-            stage = report[f"{kind}_layer"]
-            print(f"{kind} stage: {stage}, probe {trained['layers'][stage]['probe']:.2f}{note}")
+        curve = ", ".join(f"{n}: {top1:.1f}" for n, top1 in trained["steps"].items())
+        print(f"probe by steps of SGD: {curve}; converged: {trained['probe']:.1f}")
+    for stage, row in trained.get("layers", {}).items():
+        both = [r[top] for top in tops for r in (row, report["random"]["layers"][stage])]
+        mark = " best" * (stage == report["best_layer"]) + " last" * (stage == report["last_layer"])
+        print(f"{stage:14}", *(f"{v:8.2f}" for v in both), f"  {row['features']} features{mark}")
     print("frozen:", report["frozen"])
 
 
 def save_neighbours(rows, sets, image_size, device, path):
-    """A picture of eight images of the last set, each followed by the seven nearest training images
-    by cosine similarity. rows: the features (N, C) of each of the sets, the first for training."""
+    """Draw eight images of the last set, each with the seven nearest of the first by cosine
+    similarity. rows: the features (N, C) of each set."""
     from common import denormalize, eval_view, writing
     from torchvision.utils import save_image
 
-    queries = torch.arange(0, len(sets[-1]), -(-len(sets[-1]) // 8))
+    queries = torch.linspace(0, len(sets[-1]) - 1, min(8, len(sets[-1]))).long()
     similarity = F.normalize(rows[-1][queries], dim=1) @ F.normalize(rows[0], dim=1).T
     if len(sets) == 1:
         similarity[torch.arange(len(queries)), queries] = -math.inf  # it is no neighbour of itself
     nearest = similarity.topk(min(7, len(sets[0]))).indices
-    pictures = [denormalize(eval_view(*next(images.batches([i.flatten()], device)), image_size))
-                for images, i in ((sets[-1], queries), (sets[0], nearest))]
-    table = torch.cat([pictures[0][:, None], pictures[1].unflatten(0, nearest.shape)], 1)
+    query, near = (denormalize(eval_view(*next(images.batches([i.flatten()], device)), image_size))
+                   for images, i in ((sets[-1], queries), (sets[0], nearest)))
+    table = torch.cat([query[:, None], near.unflatten(0, nearest.shape)], 1)
     with writing(path):
         save_image(table.flatten(0, 1), path, nrow=table.shape[1], format="png")
 
@@ -422,10 +414,10 @@ def read_backbone(path):
     first = re.compile(r"(|.*\.)(layer1\.0\.conv1|patch_embed\.proj|features\.0)\.weight")
     prefixes = [match[1] for match in map(first.fullmatch, found) if match]
     if not prefixes:
-        raise Failure(f"{path} holds no backbone: no layer1.0.conv1, patch_embed.proj or features.0")
+        raise Failure(f"{path} holds no backbone: no layer1.0, patch_embed.proj or features.0")
     last = re.compile("student|target|momentum|key|encoder_k")
     prefix = min(prefixes, key=lambda p: 0 if "teacher" in p else 2 if last.search(p) else 1)
-    own = r"(conv1|bn1|layer\d|features|cls_token|pos_embed|patch_embed|blocks|norm)(\..+)?"  # so no head
+    own = (r"(conv1|bn1|layer\d|features|cls_token|pos_embed|patch_embed|blocks|norm)(\..+)?")
     weights = {name.removeprefix(prefix): tensor for name, tensor in found.items()
                if name.startswith(prefix) and re.fullmatch(own, name.removeprefix(prefix))}
     if not all(tensor.isfinite().all() for tensor in weights.values()):
@@ -521,7 +513,7 @@ def run(args):
 
     for path in filter(None, (args.features, args.neighbours)):
         if not Path(path).absolute().parent.is_dir():
-            raise Failure(f"cannot write {path}: there is no such folder")  # before the hours of work
+            raise Failure(f"cannot write {path}: no such folder")  # before the work of hours
     device = start_processes(args.device)
     torch.manual_seed(args.seed)  # of the random initialisation
     backbone, initial, size = load_backbone(args.checkpoint, args.image_size)
