@@ -15,9 +15,9 @@ Run    python linear_probe.py --checkpoint runs/simclr/checkpoint.pth --data fol
        solo-learn: the architecture is read from the weights' names and shapes.
 Reuse  knn, linear_probe and diagnostics take plain tensors and need only torch.
 
-Departures: papers train the probe by SGD on augmented views, an encoder pass per image and epoch,
-for up to a point more, and several choose its learning rate on the test set. Here the features are
-those of the centre view, the fit has converged, and the test set is used once.
+Departures: papers train the probe by SGD on augmented views, for up to a point more, and several
+choose its rate on the test set. Here the features are those of the centre view, the fit has
+converged (--steps shows how long SGD takes), and the test set is used once.
 """
 
 import argparse
@@ -67,39 +67,37 @@ def extract_features(backbone, image_set, image_size, device, view=None, indices
 class Stages(nn.Module):
     """The features after each stage of a backbone, side by side: (B, 3, H, W) -> (B, all of them).
 
-    A map is averaged over a grid that leaves about `features` numbers (True: as many as at the end
-    of the backbone): more features alone raise an accuracy, so stages get the same number. ViT: mean
-    of the patches and class token after each block and the last LayerNorm, and the last four class
-    tokens together (DINO's probe of ViT-S). `columns`: {name: those of its features}.
+    A map is averaged over a grid that leaves about `features` numbers (True: as many as the backbone
+    has at its end), because more features alone raise an accuracy. ViT: mean of the patches and
+    class token after each block and the last LayerNorm, and the last four class tokens together
+    (DINO's probe of ViT-S). `columns`: {name: those of its features}.
     """
 
     def __init__(self, backbone, features=True):
         super().__init__()
         self.backbone, self.features = backbone, features
         self.train(backbone.training)  # the mode that `extract_features` restores
-        self.names = getattr(backbone, "stages", None) or [
-            f"blocks.{i}" for i in range(len(backbone.blocks))]
 
     def forward(self, x):
-        outputs, found = [], {}
-        hooks = [self.backbone.get_submodule(name).register_forward_hook(
-            lambda module, inputs, output: outputs.append(output)) for name in self.names]
-        width = self.backbone(x).shape[1]
+        net, outputs, found = self.backbone, [], {}
+        names = getattr(net, "stages", None) or [f"blocks.{i}" for i in range(len(net.blocks))]
+        hooks = [net.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output: outputs.append(output)) for name in names]
+        end = net(x)
         for hook in hooks:
             hook.remove()
-        for name, z in zip(self.names, outputs):
+        wanted = end.shape[1] if self.features is True else self.features
+        for name, z in zip(names, outputs):
             if z.dim() == 3:
-                z = self.backbone.norm(z)
+                z = net.norm(z)
                 found |= {f"{name} mean": z[:, 1:].mean(1), f"{name} class": z[:, 0]}
             else:
-                side = ((width if self.features is True else self.features) / z.shape[1]) ** 0.5
-                side = min(max(round(side), 1), z.shape[2])
+                side = min(max(round((wanted / z.shape[1]) ** 0.5), 1), z.shape[2])
                 found[name] = F.adaptive_avg_pool2d(z, side).flatten(1)
         features = torch.cat(list(found.values()), 1)
         columns = torch.arange(features.shape[1]).split([z.shape[1] for z in found.values()])
-        self.columns = dict(zip(found, columns))
-        if any(name.endswith(" class") for name in found):
-            self.columns = {"last 4 class": torch.cat(columns[1::2][-4:]), **self.columns}
+        last = {"last 4 class": torch.cat(columns[1::2][-4:])} if hasattr(net, "blocks") else {}
+        self.columns = last | dict(zip(found, columns))
         return features
 
 
@@ -212,16 +210,17 @@ def mlp_path(features, labels, classes):
 
 
 def sgd_path(features, labels, classes, strength):
-    """One strength of `linear_path` by SGD, from zero, in batches of 256 with momentum 0.9 at a
-    constant rate: yields (steps, classifier) after 10, 30, 100, ... 10,000 steps."""
+    """One strength of `linear_path` by plain SGD, from zero, in batches of 256 at a constant rate:
+    yields (steps, classifier) after 10, 30, 100, ... 10,000 steps."""
     torch.manual_seed(0)
     classifier = nn.Linear(features.shape[1], classes).to(features)
-    torch._foreach_zero_(list(p.data for p in classifier.parameters()))
+    for p in classifier.parameters():
+        nn.init.zeros_(p)
     # the rate that the curvature allows, which batches raise by an image's squared length / 256
     curvature = torch.linalg.eigvalsh(features.T @ features / len(features))[-1].item() / 2
     curvature += features.square().sum(1).mean().item() / 512 + 1e-6
     optimizer = torch.optim.SGD([{"params": classifier.weight, "weight_decay": strength},
-                                 {"params": classifier.bias}], 1 / curvature, momentum=0.9)
+                                 {"params": classifier.bias}], 1 / curvature)
     for step in range(1, 10_001):
         rows = torch.randint(len(features), (256,)).to(features.device)
         optimizer.zero_grad()
@@ -256,7 +255,8 @@ def linear_probe(train_features, train_labels, test_features, test_labels, mlp=F
         if len(held_out) - list(held_out).index(chosen) > patience:
             break
     classifier = next(fit for setting, fit in path(x, y, classes) if setting == chosen)
-    result = {"probe": top1(classifier, test_x, test_labels), "chosen": chosen, "held_out": held_out}
+    probe = top1(classifier, test_x, test_labels)
+    result = {"probe": probe, "chosen": chosen, "held_out": held_out}
     if steps:
         path = sgd_path(x, y, classes, chosen)
         result["steps"] = {n: top1(fit, test_x, test_labels) for n, fit in path}
@@ -280,11 +280,11 @@ def accuracies(found, mlp=False, steps=False):
 def diagnostics(z1, z2):
     """Signs of collapse, from the features (N, D) of two views of at least 2 images -> dict.
 
-    spread          √D · std of l2-normalised f, mean over dimensions: 0 collapsed, 1 all
-                    directions alike; between them where f comes from a ReLU
-    effective_rank  exp(entropy of the singular values over their sum), 1 to D: RankMe
-                    (2210.02885), but of centred features, as a mean tells no images apart
-    alignment       E ‖f(x) - f(y)‖² over views x, y of an image, l2-normalised: 0 invariant
+    spread          √D · std of unit f, mean over dimensions: 0 collapsed, 1 all directions alike
+                    (between them where f comes from a ReLU)
+    effective_rank  exp(entropy of the shares of the singular values), 1 to D: RankMe (2210.02885),
+                    but of centred features, as a mean tells no images apart
+    alignment       E ‖f(x) - f(y)‖² of unit f, over views x, y of an image: 0 invariant
     uniformity      log E exp(-2 ‖f(x) - f(y)‖²) over pairs of images: 0 collapsed, about -4 all
                     directions alike (both: Wang and Isola, 2005.10242)
     """
@@ -305,8 +305,8 @@ def digest(backbone):
 
 def evaluate(backbone, initial, train, test, image_size, device, mlp=False, labels=1.0, seed=0,
              layers=False, steps=False):
-    """-> dict for `print_report`: diagnostics and accuracies of the backbone, of `initial` (the same
-    architecture, untrained) and of raw pixels.
+    """-> dict for `print_report`: diagnostics and accuracies of the backbone, of `initial` (the
+    same architecture, untrained) and of raw pixels.
 
     labels: fraction of the training labels to use. mlp, steps: as for `accuracies`. layers: those
     of `Stages`, too, with about so many features each; the best is chosen by held-out accuracy.
@@ -337,9 +337,9 @@ def evaluate(backbone, initial, train, test, image_size, device, mlp=False, labe
         if found and layers and network is not pixels:
             stages = Stages(network, layers)
             x, y, test_x, test_y = labelled_features(stages, *given)
-            row["layers"] = {stage: accuracies((x[:, c], y, test_x[:, c], test_y), mlp)
-                             | {"features": len(c)}
-                             for stage, c in stages.columns.items() if rank() == 0}
+            row["layers"] = {name: accuracies((x[:, c], y, test_x[:, c], test_y), mlp)
+                             | {"features": len(c)} for name, c in stages.columns.items()
+                             if rank() == 0}
     if found := report["trained"].get("layers"):
         report["best_layer"] = max(found, key=lambda s: max(found[s]["held_out"].values()))
         report["last_layer"] = list(found)[-1]
@@ -367,10 +367,14 @@ def print_report(report):
     if "steps" in trained:
         curve = ", ".join(f"{n}: {top1:.1f}" for n, top1 in trained["steps"].items())
         print(f"probe by steps of SGD: {curve}; converged: {trained['probe']:.1f}")
-    for stage, row in trained.get("layers", {}).items():
-        both = [r[top] for top in tops for r in (row, report["random"]["layers"][stage])]
-        mark = " best" * (stage == report["best_layer"]) + " last" * (stage == report["last_layer"])
-        print(f"{stage:14}", *(f"{v:8.2f}" for v in both), f"  {row['features']} features{mark}")
+    if layers := trained.get("layers"):
+        print(f"{'stage':14}", *(f"{name:>8}" for top in tops for name in (top, "random")))
+        for name, row in layers.items():
+            both = [r[top] for top in tops for r in (row, report["random"]["layers"][name])]
+            print(f"{name:14}", *(f"{top1:8.2f}" for top1 in both), f"  {row['features']} features")
+        for kind, how in ("best", " (by held-out accuracy)"), ("last", ""):
+            name = report[f"{kind}_layer"]
+            print(f"{kind} stage{how}: {name}, probe {layers[name]['probe']:.2f}")
     print("frozen:", report["frozen"])
 
 
@@ -417,14 +421,13 @@ def read_backbone(path):
         raise Failure(f"{path} holds no backbone: no layer1.0, patch_embed.proj or features.0")
     last = re.compile("student|target|momentum|key|encoder_k")
     prefix = min(prefixes, key=lambda p: 0 if "teacher" in p else 2 if last.search(p) else 1)
-    own = (r"(conv1|bn1|layer\d|features|cls_token|pos_embed|patch_embed|blocks|norm)(\..+)?")
+    own = r"(conv1|bn1|layer\d|features|cls_token|pos_embed|patch_embed|blocks|norm)(\..+)?"
     weights = {name.removeprefix(prefix): tensor for name, tensor in found.items()
                if name.startswith(prefix) and re.fullmatch(own, name.removeprefix(prefix))}
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise Failure(f"{path} holds weights that are not finite: its training has diverged")
-    if isinstance(checkpoint.get("args"), dict):
-        return weights, checkpoint["args"]
-    return weights, {"num_heads": 12} if "base_encoder" in prefix else {}  # MoCo v3's ViTs
+    args = {"num_heads": 12} if "base_encoder" in prefix else {}  # MoCo v3's ViTs
+    return weights, checkpoint["args"] if isinstance(checkpoint.get("args"), dict) else args
 
 
 def build(weights, args):
@@ -447,7 +450,8 @@ def build(weights, args):
         from common import make_backbone
 
         depth = 3 + count(r"features\.(\d+)\.running_mean")
-        return make_backbone(f"vgg{depth}_bn", 224), 224
+        width = max(bias.numel() for name, bias in weights.items() if name.endswith("bias")) / 512
+        return make_backbone(f"vgg{depth}_bnx{width}", 224), 224
     from dino import ViT
 
     dim, _, patch, _ = weights["patch_embed.proj.weight"].shape
@@ -457,10 +461,7 @@ def build(weights, args):
 
 
 def load_backbone(path, image_size=None):
-    """-> the backbone in a file, the same untrained, the image size in pixels (None: its own).
-
-    `Failure` unless the file has each of the backbone's weights in the right shape, and no other.
-    """
+    """-> the backbone in a file, the same untrained, the image size in pixels (None: its own)."""
     from common import Failure
 
     weights, args = read_backbone(path)
@@ -493,8 +494,7 @@ def parse_args(argv=None):
         help="also after each stage, averaged to about so many features; none: as at the end")
     add("--steps", action="store_true", help="also the probe by 10, 30, ... 10,000 steps of SGD")
     add("--features", metavar="FILE.npy", help="write all features: training, then test images")
-    add("--neighbours", metavar="FILE.png", help="draw eight test images, each with the seven "
-        "nearest training images")
+    add("--neighbours", metavar="FILE.png", help="draw test images and their nearest neighbours")
     add("--image-size", type=number(int, 8), help="side of a view in pixels; none: as in training")
     add("--max-images", type=number(int, 2), help="use only this many training images")
     add("-j", "--workers", type=number(int, 0), default=4, help="processes that decode images")
@@ -513,7 +513,7 @@ def run(args):
 
     for path in filter(None, (args.features, args.neighbours)):
         if not Path(path).absolute().parent.is_dir():
-            raise Failure(f"cannot write {path}: no such folder")  # before the work of hours
+            raise Failure(f"cannot write {path}: no such folder")  # at once, not after hours
     device = start_processes(args.device)
     torch.manual_seed(args.seed)  # of the random initialisation
     backbone, initial, size = load_backbone(args.checkpoint, args.image_size)
