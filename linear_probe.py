@@ -5,18 +5,19 @@ classifier, beside the same network at random initialisation and raw pixels, so 
 training added; and diagnostics of collapse, which need no labels.
 
     images ─► frozen backbone ─► features ─┬─► vote of the nearest training features ────► top-1
-                                 (N, C)    ├─► softmax regression, its penalty chosen on
-                                           │   a held-out tenth of the training set ─────► top-1
-                                           └─► spread, rank, alignment, uniformity
+                  │              (N, C)    ├─► softmax regression, its penalty chosen on
+                  │                        │   a held-out tenth of the training set ─────► top-1
+                  │                        └─► spread, rank, alignment, uniformity
+                  └─► --layers: the same top-1 after each stage (pretext tasks: best in the middle)
 
 Run    python linear_probe.py --checkpoint runs/simclr/checkpoint.pth --data folder
        Also for files of torchvision, timm, MoCo, SimSiam, SwAV, Barlow Twins, VICReg, DINO, MAE and
        solo-learn: the architecture is read from the weights' names and shapes.
 Reuse  knn, linear_probe and diagnostics take plain tensors and need only torch.
 
-Departures: papers train the probe by SGD on augmented views, an encoder pass per image and epoch,
-for up to a point more, and several choose its learning rate on the test set. Here the features are
-those of the centre view, the fit has converged, and the test set is used once.
+Departures: papers train the probe by SGD on augmented views, for up to a point more, and several
+choose its rate on the test set. Here the features are those of the centre view, the fit has
+converged (--steps shows how long SGD takes), and the test set is used once.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import math
 import re
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,7 +42,7 @@ def extract_features(backbone, image_set, image_size, device, view=None, indices
     """-> features (N, C) float32 and readable (N,) bool on `device`, in the order of `indices`.
 
     Each of W processes encodes every W-th image and gets the rows of all. view(images, aspect)
-    makes the network's input; None: the centre crop. Meanwhile the network is in evaluation mode.
+    makes the network's input; None: the centre crop.
     """
     from common import eval_view, gather, progress, rank, world_size
 
@@ -60,6 +62,43 @@ def extract_features(backbone, image_set, image_size, device, view=None, indices
     rows = gather(torch.cat([torch.cat(rows), readable], 1)).unflatten(0, (world_size(), share))
     rows = rows.transpose(0, 1).flatten(0, 1)[: len(indices)]
     return rows[:, :-1], rows[:, -1] > 0
+
+
+class Stages(nn.Module):
+    """The features after each stage of a backbone, side by side: (B, 3, H, W) -> (B, all of them).
+
+    A map is averaged over a grid that leaves about `features` numbers (True: as many as the backbone
+    has at its end), because more features alone raise an accuracy. ViT: mean of the patches and
+    class token after each block and the last LayerNorm, and the last four class tokens together
+    (DINO's probe of ViT-S). `columns`: {name: those of its features}.
+    """
+
+    def __init__(self, backbone, features=True):
+        super().__init__()
+        self.backbone, self.features = backbone, features
+        self.train(backbone.training)  # the mode that `extract_features` restores
+
+    def forward(self, x):
+        net, outputs, found = self.backbone, [], {}
+        names = getattr(net, "stages", None) or [f"blocks.{i}" for i in range(len(net.blocks))]
+        hooks = [net.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output: outputs.append(output)) for name in names]
+        end = net(x)
+        for hook in hooks:
+            hook.remove()
+        wanted = end.shape[1] if self.features is True else self.features
+        for name, z in zip(names, outputs):
+            if z.dim() == 3:
+                z = net.norm(z)
+                found |= {f"{name} mean": z[:, 1:].mean(1), f"{name} class": z[:, 0]}
+            else:
+                side = min(max(round((wanted / z.shape[1]) ** 0.5), 1), z.shape[2])
+                found[name] = F.adaptive_avg_pool2d(z, side).flatten(1)
+        features = torch.cat(list(found.values()), 1)
+        columns = torch.arange(features.shape[1]).split([z.shape[1] for z in found.values()])
+        last = {"last 4 class": torch.cat(columns[1::2][-4:])} if hasattr(net, "blocks") else {}
+        self.columns = last | dict(zip(found, columns))
+        return features
 
 
 def labelled_features(backbone, train, test, image_size, device, fraction=1.0, seed=0):
@@ -86,7 +125,7 @@ def labelled_features(backbone, train, test, image_size, device, fraction=1.0, s
 
 
 def knn_accuracy(backbone, train, test, image_size, device):
-    """kNN top-1 in percent, for use during training; None without labels."""
+    """kNN top-1 in percent; None without labels."""
     found = labelled_features(backbone, train, test, image_size, device)
     return found and knn(*found)
 
@@ -170,8 +209,30 @@ def mlp_path(features, labels, classes):
         yield epoch, classifier
 
 
-def linear_probe(train_features, train_labels, test_features, test_labels, mlp=False):
-    """-> dict: probe (top-1 in percent), chosen (penalty strength; for the MLP, epochs), held_out.
+def sgd_path(features, labels, classes, strength):
+    """One strength of `linear_path` by plain SGD, from zero, in batches of 256 at a constant rate:
+    yields (steps, classifier) after 10, 30, 100, ... 10,000 steps."""
+    torch.manual_seed(0)
+    classifier = nn.Linear(features.shape[1], classes).to(features)
+    for p in classifier.parameters():
+        nn.init.zeros_(p)
+    # the rate that the curvature allows, which batches raise by an image's squared length / 256
+    curvature = torch.linalg.eigvalsh(features.T @ features / len(features))[-1].item() / 2
+    curvature += features.square().sum(1).mean().item() / 512 + 1e-6
+    optimizer = torch.optim.SGD([{"params": classifier.weight, "weight_decay": strength},
+                                 {"params": classifier.bias}], 1 / curvature)
+    for step in range(1, 10_001):
+        rows = torch.randint(len(features), (256,)).to(features.device)
+        optimizer.zero_grad()
+        F.cross_entropy(classifier(features[rows]), labels[rows]).backward()
+        optimizer.step()
+        if step in (10, 30, 100, 300, 1000, 3000, 10_000):
+            yield step, classifier
+
+
+def linear_probe(train_features, train_labels, test_features, test_labels, mlp=False, steps=False):
+    """-> dict: probe (top-1 in percent), chosen (penalty strength; for the MLP, epochs), held_out,
+    and, to show how far it has converged, steps: {steps of `sgd_path`: top-1}.
 
     Features (N, C), standardised by the training ones' mean and std (MAE's BN without affine);
     labels (N,) from 0; N at least 2. Settings are tried from the simplest on; the best on a tenth
@@ -194,7 +255,22 @@ def linear_probe(train_features, train_labels, test_features, test_labels, mlp=F
         if len(held_out) - list(held_out).index(chosen) > patience:
             break
     classifier = next(fit for setting, fit in path(x, y, classes) if setting == chosen)
-    return {"probe": top1(classifier, test_x, test_labels), "chosen": chosen, "held_out": held_out}
+    probe = top1(classifier, test_x, test_labels)
+    result = {"probe": probe, "chosen": chosen, "held_out": held_out}
+    if steps:
+        path = sgd_path(x, y, classes, chosen)
+        result["steps"] = {n: top1(fit, test_x, test_labels) for n, fit in path}
+    return result
+
+
+def accuracies(found, mlp=False, steps=False):
+    """Of `labelled_features`' result -> knn, what `linear_probe` gives, and of an MLP top-1 and
+    epochs, in one dict."""
+    result = {"knn": knn(*found), **linear_probe(*found, steps=steps)}
+    if mlp:
+        fit = linear_probe(*found, mlp=True)
+        result |= {"mlp": fit["probe"], "epochs": fit["chosen"]}
+    return result
 
 
 # ----------------------------------------------------------------------------------------- report
@@ -204,11 +280,11 @@ def linear_probe(train_features, train_labels, test_features, test_labels, mlp=F
 def diagnostics(z1, z2):
     """Signs of collapse, from the features (N, D) of two views of at least 2 images -> dict.
 
-    spread          √D · std of l2-normalised f, mean over dimensions: 0 collapsed, 1 all
-                    directions alike; between them where f comes from a ReLU
-    effective_rank  exp(entropy of the singular values over their sum), 1 to D: RankMe
-                    (2210.02885), but of centred features, as a mean tells no images apart
-    alignment       E ‖f(x) - f(y)‖² over views x, y of an image, l2-normalised: 0 invariant
+    spread          √D · std of unit f, mean over dimensions: 0 collapsed, 1 all directions alike
+                    (between them where f comes from a ReLU)
+    effective_rank  exp(entropy of the shares of the singular values), 1 to D: RankMe (2210.02885),
+                    but of centred features, as a mean tells no images apart
+    alignment       E ‖f(x) - f(y)‖² of unit f, over views x, y of an image: 0 invariant
     uniformity      log E exp(-2 ‖f(x) - f(y)‖²) over pairs of images: 0 collapsed, about -4 all
                     directions alike (both: Wang and Isola, 2005.10242)
     """
@@ -227,11 +303,14 @@ def digest(backbone):
     return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in tensors)).hexdigest()[:16]
 
 
-def evaluate(backbone, initial, train, test, image_size, device, mlp=False, labels=1.0, seed=0):
-    """-> dict for `print_report`: diagnostics, kNN and probe of the backbone, of `initial` (the
-    same architecture, untrained) and of raw pixels. labels: fraction of the training labels to use.
+def evaluate(backbone, initial, train, test, image_size, device, mlp=False, labels=1.0, seed=0,
+             layers=False, steps=False):
+    """-> dict for `print_report`: diagnostics and accuracies of the backbone, of `initial` (the
+    same architecture, untrained) and of raw pixels.
 
-    The backbone stays frozen; `Failure` if it changed. Only rank 0 fits, so only it has the probes.
+    labels: fraction of the training labels to use. mlp, steps: as for `accuracies`. layers: those
+    of `Stages`, too, with about so many features each; the best is chosen by held-out accuracy.
+    The backbone stays frozen; `Failure` if it changed. Only rank 0 has the accuracies.
     """
     from common import (Augment, ColorJitter, Failure, Normalize, RandomHorizontalFlip,
                         RandomResizedCrop, rank)
@@ -249,12 +328,21 @@ def evaluate(backbone, initial, train, test, image_size, device, mlp=False, labe
         torch.manual_seed(seed)
         (z1, good), (z2, _) = (extract_features(network, viewed, image_size, device, view, sample)
                                for _ in range(2))
-        report[name] = diagnostics(z1[good], z2[good])
-        if found := labelled_features(network, train, test, image_size, device, labels, seed):
-            report[name]["knn"] = knn(*found)
-            report[name] |= linear_probe(*found, mlp) if rank() == 0 else {}
+        row = report[name] = diagnostics(z1[good], z2[good])
+        given = train, test, image_size, device, labels, seed
+        if found := labelled_features(network, *given):
+            row |= accuracies(found, mlp, steps and network is backbone) if rank() == 0 else {}
             report["images"] = [len(found[1]), len(found[3])]
             report["chance"] = 100 * found[3].bincount().max().item() / len(found[3])
+        if found and layers and network is not pixels:
+            stages = Stages(network, layers)
+            x, y, test_x, test_y = labelled_features(stages, *given)
+            row["layers"] = {name: accuracies((x[:, c], y, test_x[:, c], test_y), mlp)
+                             | {"features": len(c)} for name, c in stages.columns.items()
+                             if rank() == 0}
+    if found := report["trained"].get("layers"):
+        report["best_layer"] = max(found, key=lambda s: max(found[s]["held_out"].values()))
+        report["last_layer"] = list(found)[-1]
     trainable = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
     if trainable or backbone.training or digest(backbone) != before:
         raise Failure("the backbone changed while it was evaluated: the results are void")
@@ -264,9 +352,10 @@ def evaluate(backbone, initial, train, test, image_size, device, mlp=False, labe
 
 def print_report(report):
     """A line for each representation, accuracies in percent; then the choice and the proof."""
-    columns = "knn", "probe", "spread", "effective_rank", "alignment", "uniformity"
-    print("       ", *(f"{column:>14}" for column in columns))
     trained = report["trained"]
+    tops = ["knn", "probe", *["mlp"] * ("mlp" in trained)]
+    columns = [*tops, "spread", "effective_rank", "alignment", "uniformity"]
+    print("       ", *(f"{column:>14}" for column in columns))
     for name in "trained", "random", "pixels":
         print(f"{name:7}", *(f"{report[name].get(column, math.nan):14.2f}" for column in columns))
     if "chance" in report:
@@ -275,7 +364,36 @@ def print_report(report):
         print(f"probe: chose {trained['chosen']:.2g} by held-out accuracy ({choices})")
     else:
         print("nothing to measure accuracy on: no labels, or no test images")
+    if "steps" in trained:
+        curve = ", ".join(f"{n}: {top1:.1f}" for n, top1 in trained["steps"].items())
+        print(f"probe by steps of SGD: {curve}; converged: {trained['probe']:.1f}")
+    if layers := trained.get("layers"):
+        print(f"{'stage':14}", *(f"{name:>8}" for top in tops for name in (top, "random")))
+        for name, row in layers.items():
+            both = [r[top] for top in tops for r in (row, report["random"]["layers"][name])]
+            print(f"{name:14}", *(f"{top1:8.2f}" for top1 in both), f"  {row['features']} features")
+        for kind, how in ("best", " (by held-out accuracy)"), ("last", ""):
+            name = report[f"{kind}_layer"]
+            print(f"{kind} stage{how}: {name}, probe {layers[name]['probe']:.2f}")
     print("frozen:", report["frozen"])
+
+
+def save_neighbours(rows, sets, image_size, device, path):
+    """Draw eight images of the last set, each with the seven nearest of the first by cosine
+    similarity. rows: the features (N, C) of each set."""
+    from common import denormalize, eval_view, writing
+    from torchvision.utils import save_image
+
+    queries = torch.linspace(0, len(sets[-1]) - 1, min(8, len(sets[-1]))).long()
+    similarity = F.normalize(rows[-1][queries], dim=1) @ F.normalize(rows[0], dim=1).T
+    if len(sets) == 1:
+        similarity[torch.arange(len(queries)), queries] = -math.inf  # it is no neighbour of itself
+    nearest = similarity.topk(min(7, len(sets[0]))).indices
+    query, near = (denormalize(eval_view(*next(images.batches([i.flatten()], device)), image_size))
+                   for images, i in ((sets[-1], queries), (sets[0], nearest)))
+    table = torch.cat([query[:, None], near.unflatten(0, nearest.shape)], 1)
+    with writing(path):
+        save_image(table.flatten(0, 1), path, nrow=table.shape[1], format="png")
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -297,25 +415,19 @@ def read_backbone(path):
 
     checkpoint = read_file(path)
     found = find_weights(checkpoint)
-    first = re.compile(r"(|.*\.)(layer1\.0\.conv1|patch_embed\.proj)\.weight")
+    first = re.compile(r"(|.*\.)(layer1\.0\.conv1|patch_embed\.proj|features\.0)\.weight")
     prefixes = [match[1] for match in map(first.fullmatch, found) if match]
     if not prefixes:
-        raise Failure(f"{path} holds no backbone: no layer1.0.conv1 and no patch_embed.proj")
+        raise Failure(f"{path} holds no backbone: no layer1.0, patch_embed.proj or features.0")
     last = re.compile("student|target|momentum|key|encoder_k")
     prefix = min(prefixes, key=lambda p: 0 if "teacher" in p else 2 if last.search(p) else 1)
-    own = r"(conv1|bn1|layer\d|cls_token|pos_embed|patch_embed|blocks|norm)(\..+)?"  # so no head
+    own = r"(conv1|bn1|layer\d|features|cls_token|pos_embed|patch_embed|blocks|norm)(\..+)?"
     weights = {name.removeprefix(prefix): tensor for name, tensor in found.items()
                if name.startswith(prefix) and re.fullmatch(own, name.removeprefix(prefix))}
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise Failure(f"{path} holds weights that are not finite: its training has diverged")
-    if isinstance(checkpoint.get("args"), dict):
-        return weights, checkpoint["args"]
-    return weights, {"num_heads": 12} if "base_encoder" in prefix else {}  # MoCo v3's ViTs
-
-
-def backbone_weights(path):
-    """-> {name without prefix: tensor}, to start a training from."""
-    return read_backbone(path)[0]
+    args = {"num_heads": 12} if "base_encoder" in prefix else {}  # MoCo v3's ViTs
+    return weights, checkpoint["args"] if isinstance(checkpoint.get("args"), dict) else args
 
 
 def build(weights, args):
@@ -334,6 +446,12 @@ def build(weights, args):
         # the stride of a 3×3 stem leaves no trace; three stages are our resnet8, of stride 2
         stem = "imagenet" if kernel == 7 else "tiny" if len(layers) == 3 else "cifar"
         return ResNet(block, layers, channels / 64, stem), 224 if kernel == 7 else 32
+    if "features.0.weight" in weights:
+        from common import make_backbone
+
+        depth = 3 + count(r"features\.(\d+)\.running_mean")
+        width = max(bias.numel() for name, bias in weights.items() if name.endswith("bias")) / 512
+        return make_backbone(f"vgg{depth}_bnx{width}", 224), 224
     from dino import ViT
 
     dim, _, patch, _ = weights["patch_embed.proj.weight"].shape
@@ -343,10 +461,7 @@ def build(weights, args):
 
 
 def load_backbone(path, image_size=None):
-    """-> the backbone in a file, the same untrained, the image size in pixels (None: its own).
-
-    `Failure` unless the file has each of the backbone's weights in the right shape, and no other.
-    """
+    """-> the backbone in a file, the same untrained, the image size in pixels (None: its own)."""
     from common import Failure
 
     weights, args = read_backbone(path)
@@ -374,8 +489,12 @@ def parse_args(argv=None):
         help="folder of images, or name of a torchvision set; none: the small built-in set")
     add("--labels", type=number(float, 0, 1, above=True), default=1.0, metavar="FRACTION",
         help="fraction of the training labels of each class to use")
-    add("--mlp", action="store_true", help="probe with one hidden layer of 1024 units")
+    add("--mlp", action="store_true", help="also a probe with one hidden layer of 1024 units")
+    add("--layers", type=number(int, 1), nargs="?", const=True, default=False, metavar="FEATURES",
+        help="also after each stage, averaged to about so many features; none: as at the end")
+    add("--steps", action="store_true", help="also the probe by 10, 30, ... 10,000 steps of SGD")
     add("--features", metavar="FILE.npy", help="write all features: training, then test images")
+    add("--neighbours", metavar="FILE.png", help="draw test images and their nearest neighbours")
     add("--image-size", type=number(int, 8), help="side of a view in pixels; none: as in training")
     add("--max-images", type=number(int, 2), help="use only this many training images")
     add("-j", "--workers", type=number(int, 0), default=4, help="processes that decode images")
@@ -390,25 +509,28 @@ def parse_args(argv=None):
 
 
 def run(args):
-    from common import Failure, load_data, rank, start_processes
+    from common import Failure, load_data, rank, start_processes, writing
 
+    for path in filter(None, (args.features, args.neighbours)):
+        if not Path(path).absolute().parent.is_dir():
+            raise Failure(f"cannot write {path}: no such folder")  # at once, not after hours
     device = start_processes(args.device)
     torch.manual_seed(args.seed)  # of the random initialisation
     backbone, initial, size = load_backbone(args.checkpoint, args.image_size)
     train, test = load_data(args.data, size, args.max_images, args.workers, device)
     backbone = backbone.to(device)
     report = evaluate(backbone, initial, train, test, size, device, args.mlp, args.labels,
-                      args.seed)
+                      args.seed, args.layers, args.steps)
     if rank() == 0:
         print_report(report)
-    if args.features:
+    if args.features or args.neighbours:
         sets = [train] if test is None else [train, test]
-        rows = torch.cat([extract_features(backbone, s, size, device)[0].cpu() for s in sets])
-        try:
-            if rank() == 0:
-                np.save(args.features, rows.numpy())
-        except OSError as error:
-            raise Failure(f"cannot write {args.features}: {error.strerror}") from error
+        rows = [extract_features(backbone, images, size, device)[0].cpu() for images in sets]
+    if args.features and rank() == 0:
+        with writing(args.features):
+            np.save(args.features, torch.cat(rows).numpy())
+    if args.neighbours and rank() == 0:
+        save_neighbours(rows, sets, size, device, args.neighbours)
 
 
 if __name__ == "__main__":

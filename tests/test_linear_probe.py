@@ -8,16 +8,19 @@ import sys
 import types
 
 import common
+import dino
+import linear_probe as linear_probe_file
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import write_images
-from linear_probe import (backbone_weights, build, calibrate_batch_norm, diagnostics, digest,
+from linear_probe import (Stages, build, calibrate_batch_norm, diagnostics, digest,
                           evaluate, extract_features, knn, knn_accuracy, labelled_features,
                           linear_path, linear_probe, load_backbone, mlp_path, parse_args,
-                          print_report, run)
+                          print_report, read_backbone, run, save_neighbours, sgd_path)
+from PIL import Image
 from processes import run_processes
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -186,6 +189,32 @@ def test_a_path_is_the_same_each_time(path):
     assert torch.equal(*twice)
 
 
+def test_sgd_approaches_the_optimum_of_its_strength():
+    """Whatever the scale of the features; its excess loss falls, and from far off."""
+    x, y = clusters(300, 3, 10, seed=0)
+    x = 5 * (x - x.mean(0)) * torch.logspace(-1, 0, 10)
+
+    def loss(fit, weight):
+        return (F.cross_entropy(fit(x), y) + 0.05 * weight.square().sum()).item()
+
+    best = next(loss(fit, fit.keywords["weight"]) for s, fit in linear_path(x, y, 3) if s == 0.1)
+    steps, excess = zip(*((n, loss(fit, fit.weight) - best) for n, fit in sgd_path(x, y, 3, 0.1)))
+    assert steps == (10, 30, 100, 300, 1000, 3000, 10000)
+    assert max(excess[5:]) < 0.001 < 0.002 < excess[2] < excess[1] < excess[0] < math.log(3) - best
+
+
+def test_steps_are_of_the_chosen_penalty_and_choose_nothing():
+    x, y = clusters(100, 3, 6, seed=0, noise=0.4)
+    test_x, test_y = clusters(300, 3, 6, seed=1, noise=0.4)
+    plain, report = (linear_probe(x, y, test_x, test_y, steps=s) for s in (False, True))
+    steps = report.pop("steps")
+    assert report == plain
+    mean, std = x.mean(0), (x.var(0, correction=0) + 1e-6).sqrt()
+    path = sgd_path((x - mean) / std, y, 3, plain["chosen"])
+    assert steps == {n: pytest.approx(100 * (fit((test_x - mean) / std).argmax(1) == test_y).sum()
+                                      .item() / 300) for n, fit in path}
+
+
 # ----------------------------------------------------------------------------------- diagnostics
 
 
@@ -279,6 +308,44 @@ def test_calibrated_batch_norm_has_the_statistics_of_the_images():
     assert not any(module.training for module in network.modules())
 
 
+@pytest.mark.parametrize("features, sides", [(True, (2, 1, 1)), (512, (4, 3, 2)),
+                                             (10**6, (16, 8, 4))])
+def test_stages_are_averaged_to_equal_numbers(features, sides):
+    backbone = common.make_backbone("resnet8", 32).eval()
+    stages = Stages(backbone, features)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found, again = stages(x), stages(x)
+        z = backbone.relu(backbone.bn1(backbone.conv1(x)))
+        assert list(stages.columns) == ["layer1", "layer2", "layer3"]
+        for (name, columns), side in zip(stages.columns.items(), sides):
+            z = getattr(backbone, name)(z)
+            expected = F.adaptive_avg_pool2d(z, side).flatten(1)
+            torch.testing.assert_close(found[:, columns], expected)
+        if features is True:
+            torch.testing.assert_close(found[:, stages.columns["layer3"]], backbone(x))
+    assert torch.equal(found, again) and found.shape[1] == sum(map(len, stages.columns.values()))
+    assert not any(module._forward_hooks for module in backbone.modules())
+
+
+def test_stages_of_a_vit():
+    torch.manual_seed(0)
+    backbone = dino.ViT(16, 4, 8, 5, 2).eval()
+    stages = Stages(backbone)
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        found = stages(x)
+        for i in range(5):
+            tokens = backbone.norm(backbone.blocks[: i + 1](backbone.embed(x)))
+            for kind, expected in ("mean", tokens[:, 1:].mean(1)), ("class", tokens[:, 0]):
+                actual = found[:, stages.columns[f"blocks.{i} {kind}"]]
+                torch.testing.assert_close(actual, expected)
+        assert list(stages.columns)[-1] == "blocks.4 class"
+        torch.testing.assert_close(actual, backbone(x))
+        last = [found[:, stages.columns[f"blocks.{i} class"]] for i in range(1, 5)]
+        assert torch.equal(found[:, stages.columns["last 4 class"]], torch.cat(last, 1))
+
+
 # ---------------------------------------------------------------------------------------- report
 
 
@@ -295,6 +362,76 @@ def test_report(capsys):
     print_report(report)
     printed = capsys.readouterr().out
     assert digest(backbone) in printed and f"{report['trained']['chosen']:.2g}" in printed
+
+
+def test_report_of_both_probes_and_of_every_stage(capsys):
+    train, test = (Images([0, 1, 2] * 12, by_class=True, seed=s) for s in (0, 1))
+    networks = [common.make_backbone("resnet8", 16) for _ in range(2)]
+    plain = evaluate(*networks, train, test, 16, CPU)
+    report = evaluate(*networks, train, test, 16, CPU, mlp=True, layers=True)
+    assert report == json.loads(json.dumps(report), object_hook=lambda d: {
+        float(k) if k[0].isdigit() else k: v for k, v in d.items()})
+    for name in "trained", "random", "pixels":
+        row = report[name]
+        assert plain[name] == {key: row[key] for key in plain[name]} and row["mlp"] > 60
+        assert row["epochs"] >= 1 and ("layers" in row) == (name != "pixels")
+    layers = report["trained"]["layers"]
+    assert [row["features"] for row in layers.values()] == [128, 64, 128]
+    assert layers["layer3"]["probe"] == report["trained"]["probe"]  # that of the output
+    assert report["last_layer"] == "layer3"
+    print_report(report)
+    printed = capsys.readouterr().out
+    assert all(f"{layers[name]['mlp']:.2f}" in line for name in layers
+               for line in printed.splitlines() if line.startswith(name))
+    assert f"accuracy): {report['best_layer']}" in printed and "last stage: layer3" in printed
+    assert evaluate(*networks, train, None, 16, CPU, layers=True)["frozen"]
+
+
+def test_the_best_stage_is_chosen_on_held_out_images(monkeypatch):
+    def rigged(found, *_):
+        n = found[0].shape[1]
+        return {"knn": 0, "probe": n, "chosen": 1, "held_out": {1: 1, 2: 90 if n == 64 else 50}}
+
+    monkeypatch.setattr(linear_probe_file, "accuracies", rigged)
+    train = Images([0, 1] * 4)
+    networks = [common.make_backbone("resnet8", 16) for _ in range(2)]
+    report = evaluate(*networks, train, train, 16, CPU, layers=True)
+    assert report["best_layer"] == "layer2"  # whose test accuracy is the lowest
+
+
+def test_labels_count_for_stages_too():
+    train = Images([0, 1] * 20)
+    networks = [common.make_backbone("resnet8", 16) for _ in range(2)]
+    report = evaluate(*networks, train, train, 16, CPU, mlp=True, labels=0.1, layers=True)
+    assert report["images"] == [4, 40]
+    held_out = report["trained"]["layers"]["layer1"]["held_out"]
+    assert all(top1 in (0, 100) for top1 in held_out.values())  # of one image
+
+
+def pictures_in(path):
+    """Cells (rows, columns, 3, 16, 16) of a grid with borders of 2 pixels."""
+    pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[:, 2:, 2:]
+    return pixels.unfold(1, 16, 18).unfold(2, 16, 18).permute(1, 2, 0, 3, 4)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_picture_of_neighbours(alone, tmp_path):
+    sets = [Images(list(range(10)))] if alone else [Images([0] * 30), Images([0] * 16)]
+    rows = [torch.stack([s.pixels[:, 0, 0, 0].float() / 30, torch.ones(len(s))], 1) for s in sets]
+    save_neighbours(rows, sets, 16, CPU, tmp_path / "n.png")
+    cells = pictures_in(tmp_path / "n.png")[:, :, 0, 8, 8]
+    assert cells.shape == (8, 8)
+    queries = [0, 1, 2, 3, 5, 6, 7, 9] if alone else [0, 2, 4, 6, 8, 10, 12, 15]
+    assert cells[:, 0].tolist() == queries
+    if alone:
+        assert not (cells[:, 1:] == cells[:, :1]).any()
+    else:
+        assert torch.equal(cells[:, 1], cells[:, 0])
+    angle = [torch.atan(torch.arange(len(s)) / 30) for s in sets]
+    for query, near in zip(queries, cells[:, 1:].tolist()):
+        distance = (angle[0] - angle[-1][query]).abs()
+        distance[query] += 100 * alone
+        assert distance[near].tolist() == sorted(distance.tolist())[:7]
 
 
 @pytest.mark.parametrize("labels", [[0, 1] * 3 + [0], [-1] * 7])
@@ -423,7 +560,7 @@ def test_a_resnet_of_every_layout_gives_torchvisions_features(layout, tmp_path):
     network = reference()
     torch.save(LAYOUTS[layout](network.state_dict()), tmp_path / "file.pth")
     backbone, initial, size = load_backbone(tmp_path / "file.pth")
-    initial.load_state_dict(backbone_weights(tmp_path / "file.pth"))  # as --init does
+    initial.load_state_dict(read_backbone(tmp_path / "file.pth")[0])  # as --init does
     assert digest(initial) == digest(backbone)
     initial = load_backbone(tmp_path / "file.pth")[1]
     assert size == (96 if "ours" in layout else 224)
@@ -488,6 +625,57 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
             load_backbone(tmp_path / "file.pth")
     with pytest.raises(common.Failure, match="none.pth"):
         load_backbone(tmp_path / "none.pth")
+
+
+class FakeVGG(nn.Module):
+    """torchvision's VGG without its classifier, with what the stages need."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.features = torchvision.models.get_model(name).features
+        self.stages = [f"features.{i}" for i, module in enumerate(self.features)
+                       if isinstance(module, nn.MaxPool2d)]
+
+    def forward(self, x):
+        return self.features(x).mean((2, 3))
+
+
+def vgg_maker(arch, image_size):
+    return {"vgg11_bnx1.0": FakeVGG, "vgg13_bnx1.0": FakeVGG}[arch](arch.partition("x")[0])
+
+
+@pytest.mark.parametrize("name, layout", [
+    ("vgg11_bn", lambda w: w), ("vgg13_bn", lambda w: under("", w)),
+    ("vgg11_bn", lambda w: {"method": "rotation", "args": {"image_size": 32}, "model": {
+        **under("backbone.", {n: v for n, v in w.items() if "classifier" not in n})}})])
+def test_a_vgg_gives_torchvisions_features(name, layout, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "make_backbone", vgg_maker)
+    network = torchvision.models.get_model(name).eval()
+    weights = {n: v[:4] if n == "classifier.0.weight" else v  # 400 MB
+               for n, v in network.state_dict().items()}
+    torch.save(layout(weights), tmp_path / "file.pth")
+    backbone, initial, size = load_backbone(tmp_path / "file.pth")
+    assert size == (32 if "args" in layout(weights) else 224)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        maps = network.features(images)
+        torch.testing.assert_close(backbone.eval()(images), maps.mean((2, 3)))
+        assert not torch.equal(initial.eval()(images), backbone(images))
+        stages = Stages(backbone)
+        found = stages(images)
+    assert list(stages.columns) == [f"features.{i}" for i in (
+        (3, 7, 14, 21, 28) if name == "vgg11_bn" else (6, 13, 20, 27, 34))]
+    torch.testing.assert_close(found[:, stages.columns[backbone.stages[-1]]], maps.flatten(1))
+
+
+@pytest.mark.parametrize("name", ["vgg11", "alexnet", "mobilenet_v2"])
+def test_other_networks_with_features_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "make_backbone", vgg_maker)
+    network = torchvision.models.get_model(name)
+    torch.save({n: v for n, v in network.state_dict().items() if "classifier" not in n},
+               tmp_path / "file.pth")
+    with pytest.raises(common.Failure, match="file.pth holds no backbone"):
+        load_backbone(tmp_path / "file.pth")
 
 
 class FakeViT(nn.Module):
@@ -567,10 +755,14 @@ def test_command(class_folders, tmp_path, capsys):
     torch.save(common.make_backbone("resnet8", 32).state_dict(), tmp_path / "backbone.pth")
     status, out, err = command(capsys, "--checkpoint", tmp_path / "backbone.pth", "--data",
                                class_folders, "--features", tmp_path / "f.npy", "--device", "cpu",
-                               "--max_images=20")
+                               "--max_images=20", "--layers", "--mlp", "--steps", "--neighbours",
+                               tmp_path / "n.picture")
     assert status == 0 and not err
     assert any(line.startswith("trained") for line in out)
     assert any("SHA-256" in line for line in out)
+    assert sum(line.startswith("layer") for line in out) == 3 and "mlp" in out[0]
+    assert any(line.startswith("probe by steps") and "converged" in line for line in out)
+    assert (tmp_path / "n.picture").read_bytes().startswith(b"\x89PNG")
     features = np.load(tmp_path / "f.npy")
     assert features.shape == (28, 128) and features.dtype == np.float32
     assert len(np.unique(features, axis=0)) == 28
@@ -578,7 +770,8 @@ def test_command(class_folders, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags", [
     ["--labels", "nan"], ["--labels", "0"], ["--labels", "1.1"], ["--image-size", "0"],
-    ["--max-images", "inf"], ["--workers", "-1"], ["--device", "abacus"], ["--unknown", "1"]])
+    ["--layers", "0"], ["--layers", "x"], ["--max-images", "inf"], ["--workers", "-1"],
+    ["--device", "abacus"], ["--unknown", "1"]])
 def test_wrong_arguments_exit_2(flags, capsys):
     status, out, err = command(capsys, "--checkpoint", "x.pth", *flags)
     assert status == 2 and not out and len(err) == 1 and flags[0] in err[0]
@@ -591,6 +784,9 @@ def test_what_cannot_be_read_or_written_exits_1(class_folders, tmp_path, capsys)
     given = ["--checkpoint", tmp_path / "backbone.pth", "--device", "cpu"]
     status, _, err = command(capsys, *given, "--data", tmp_path / "nowhere")
     assert status == 1 and len(err) == 1 and "nowhere" in err[0]
-    status, _, err = command(capsys, *given, "--data", class_folders, "--features",
-                             tmp_path / "no" / "f.npy")
-    assert status == 1 and len(err) == 1 and "f.npy" in err[0]
+    for flag in "--features", "--neighbours":
+        status, out, err = command(capsys, *given, "--data", class_folders, flag,
+                                   tmp_path / "no" / "f.npy")
+        assert status == 1 and len(err) == 1 and "f.npy" in err[0] and not out  # at once
+    status, _, err = command(capsys, *given, "--data", class_folders, "--neighbours", tmp_path)
+    assert status == 1 and len(err) == 1 and "cannot write" in err[0]
