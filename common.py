@@ -1050,6 +1050,8 @@ class Run:
     that is --lr · batch / 256; folder; step, the optimizer steps done.
     """
 
+    SAVED = {"args": dict, "step": int, "images": str, "log": int, "report": dict | None,
+             "model": dict, "optimizer": dict}
     MAY_CHANGE = {"data", "out", "resume", "workers", "device", "print_freq", "eval_every", "given"}
 
     def __init__(self, method, args):
@@ -1111,8 +1113,11 @@ class Run:
     def _adopt_arguments(self):
         """Flags that were not given by hand are as they were; others must not differ."""
         found = self.saved.get("method") if isinstance(self.saved, dict) else None
-        if found != self.method or not isinstance(self.saved.get("args"), dict):
+        if found != self.method:
             raise Failure(f"{self.checkpoint} holds no run of {self.method}.py (method: {found})")
+        for key, kind in self.SAVED.items():
+            if not isinstance(self.saved.get(key), kind):
+                raise Failure(f"{self.checkpoint} holds no run: its {key} is missing or odd")
         for key, old in self.saved["args"].items():
             new = getattr(self.args, key, None)
             if key in self.args.given and key not in self.MAY_CHANGE and new != old:
@@ -1160,7 +1165,7 @@ class Run:
                 model.load_state_dict(self.saved["model"])
                 optimizer.load_state_dict(self.saved["optimizer"])
                 self.step, self.report = self.saved["step"], self.saved["report"]
-            except (KeyError, RuntimeError, ValueError) as error:
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise Failure(f"{self.checkpoint} does not fit this model: {error}")
         self.folder = self.folder or self._new_folder()
         self.checkpoint = self.folder / "checkpoint.pth"
