@@ -1195,6 +1195,8 @@ class Run:
                 except BlockingIOError:
                     raise Failure(f"another process is writing to {self.folder}")
             self.log_file.truncate(min(length, path.stat().st_size))
+            for part in self.folder.glob("*.tmp"):  # of a process killed while it saved
+                part.unlink()
 
     def sample(self, count=8):
         """-> the first images of the training set, uint8, and their aspects."""
