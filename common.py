@@ -18,6 +18,7 @@ import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -82,6 +83,7 @@ def main(run, parse_args, argv=None):
         print("error:", " ".join(reason.split()), file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
+        end_loader_processes()
         if dist.is_initialized():
             dist.destroy_process_group()
         for number, handler in handlers.items():
@@ -467,6 +469,16 @@ def _ignore_signals(_):
     """A signal to the whole process group must not kill the workers before the run is saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_loader_processes():
+    """They ignore SIGTERM, by which Python would end them and then wait for ever."""
+    if children := multiprocessing.active_children():
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's takes this for a failure
+        for child in children:
+            child.kill()
+            child.join()
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def free_memory(device):
