@@ -76,6 +76,8 @@ def main(run, parse_args, argv=None):
             print("error: a process that decodes images died, out of memory? try fewer --workers",
                   file=sys.stderr, flush=True)
             os._exit(1)  # the normal way out would wait for it
+        elif world_size() > 1 and re.search("gloo|NCCL|[Cc]onnection", reason):
+            reason = f"lost another process of this run (continue with --resume): {reason[:150]}"
         elif not isinstance(error, Failure):
             raise
         if rank() > 0:

@@ -61,7 +61,7 @@ def _child(folder, method, flags, prepare, arguments, prefix, store):
 
 def ended(child):
     """-> exit status, stdout, stderr"""
-    child.join(40)
+    child.join(120)
     assert child.exitcode is not None, "it hangs"
     return child.exitcode, Path("stdout").read_text(), Path("stderr").read_text()
 
@@ -232,4 +232,4 @@ def test_one_process_of_two_dies(undisturbed):
                      for rank, prefix in enumerate(("", "second-")))
     second.join(120)
     assert second.exitcode == -signal.SIGKILL
-    assert_one_line(ended(first), 1, "another process", "--resume")
+    assert_one_line(ended(first), 1, "lost another process", "--resume")
