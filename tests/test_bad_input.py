@@ -1,4 +1,4 @@
-"""100 bad inputs by name: 30 image files, 20 folders, 20 command lines, 16 checkpoints and 14 events.
+"""100 bad inputs by name: 30 image files, 20 folders, 20 command lines, 16 checkpoints, 14 events.
 
 Each ends with at most one line on stderr, the documented exit status, and nothing overwritten."""
 

@@ -1,5 +1,5 @@
-"""N processes train what one process with the whole batch trains: each method's own loop, in float64,
-from the images on the disk to the weights after the last step. And the comparison notices mistakes."""
+"""N processes train what one process with the whole batch trains: each method's own loop, in
+float64, from the images on the disk to the last step's weights. And mistakes are noticed."""
 
 import functools
 import importlib
@@ -207,4 +207,4 @@ def test_torchrun_equals_python(folder, tmp_path):
                            for out in ("several", "one", "start"))
     for name, expected in one.items():
         torch.testing.assert_close(several[name], expected, rtol=0, atol=1e-5)
-        assert (expected - start[name]).abs().max() > 1e-3  # the training changes far more than that
+        assert (expected - start[name]).abs().max() > 1e-3  # what training changes

@@ -1,5 +1,5 @@
-"""Real signals to real processes, real kills at every point of a save, real limits on files: the run
-continues to the same bits, and stderr has one line or none."""
+"""Real signals to real processes, kills at every point of a save, limits on files: the run continues
+to the same bits, and stderr has one line or none."""
 
 import importlib
 import io

@@ -1,11 +1,9 @@
 """What a run leaves, and what becomes of it when it is stopped, killed, continued, misled."""
 
-import contextlib
 import fcntl
 import functools
 import gc
 import importlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -317,7 +315,7 @@ def test_a_copied_file_works_alone(tmp_path):
 
 
 STOPS = [(signal.SIGINT, 130, 4), (signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 2),
-         (signal.SIGTERM, 143, 3), (signal.SIGTERM, 143, 6)]
+         (signal.SIGTERM, 143, 3), (signal.SIGINT, 130, 5), (signal.SIGTERM, 143, 6)]
 
 
 @pytest.mark.parametrize("method, number, status, step", [
@@ -334,26 +332,6 @@ def test_stopped_and_continued_equals_undisturbed(run, undisturbed, monkeypatch,
     assert torch.load(out / "checkpoint.pth", weights_only=True)["step"] == step
     assert run(method, *TINY, "--out", "run", "--resume")[::2] == (0, "")
     assert same(state(out), expected)
-
-
-@every_method
-def test_signal_to_the_process_group(run, undisturbed, monkeypatch, method):
-    """As systemd and Slurm send it: the loader processes get it too, and first."""
-    expected = undisturbed(method)
-
-    def send_to_all(run):
-        children = [str(child.pid) for child in multiprocessing.active_children()]
-        subprocess.run(["kill", *children])  # torch lets their parent do so
-        time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(common, "free_memory", lambda device: 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "steps", hook(1, before=send_to_all))
-        status, output, error = run(method, *TINY, "--out", "run", "--workers", "2")
-    assert (status, error) == (143, "") and output.endswith("saved at step 2\n")
-    run(method, *TINY, "--out", "run", "--resume", "--workers", "2")
-    assert same(state(Path("run")), expected)
 
 
 @every_method
@@ -387,40 +365,6 @@ def test_stopped_while_decoding(run, class_folders, monkeypatch, method, number,
     monkeypatch.setattr(common, "to_square", send(number))
     found, output, error = run(method, *TINY)
     assert (found, error) == (status, "") and not Path("runs").exists()
-
-
-class Killed(BaseException):
-    """What nothing catches, as nothing survives kill -9."""
-
-
-def killed(start):
-    with contextlib.suppress(Killed):
-        start()
-        raise AssertionError("was not killed")
-    gc.collect()
-
-
-@every_method
-@pytest.mark.parametrize("call", [1, 3, 7, 9, 13])
-def test_killed_while_saving(run, undisturbed, monkeypatch, method, call):
-    """Ahead of each call that makes a save last: of a file and its folder, and the renaming."""
-    expected, calls = undisturbed(method), []
-
-    def counted(function):
-        def wrapper(*arguments):
-            calls.append(function)
-            if len(calls) == call + 1:
-                raise Killed
-            return function(*arguments)
-        return wrapper
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", counted(os.fsync))
-        patch.setattr(os, "replace", counted(os.replace))
-        patch.setattr(common, "free_memory", lambda device: 0)  # no cache is written
-        killed(lambda: run(method, *TINY, "--out", "run"))
-    assert run(method, *TINY, "--out", "run", "--resume")[::2] == (0, "")
-    assert same(state(Path("run")), expected)
 
 
 def test_kill_points_are_those_of_a_save(tmp_path, monkeypatch):
