@@ -1,4 +1,4 @@
-"""Real signals to real processes, kills at every point of a save, limits on files: the run continues
+"""Real signals to real processes, kills at every point of a save, limits on files: the run goes on
 to the same bits, and stderr has one line or none."""
 
 import importlib
