@@ -1042,7 +1042,8 @@ def read_file(path, mmap=False):
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():
                     raise ValueError("its checksum is wrong")
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on what other programs wrote
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
         raise Failure(f"cannot read {path}: {error.strerror or error}")
