@@ -14,6 +14,7 @@ from test_run import in_process, same
 import common
 import linear_probe
 
+pytestmark = pytest.mark.filterwarnings("error")  # would be lines on stderr
 FORMATS = [".jpg", ".png", ".gif", ".bmp", ".tiff", ".ppm"] + [
     f".{kind}" for kind in ("webp", "avif") if features.check(kind)]
 numbers = pytest.mark.parametrize("first, count", [
