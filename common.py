@@ -19,6 +19,7 @@ import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -69,6 +70,8 @@ def main(run, parse_args, argv=None):
         elif isinstance(error, MemoryError) or re.search(
                 "out of memory|can't allocate memory|ALLOC_FAILED", reason):
             reason = "out of memory; try a smaller --batch-size or --image-size"
+        elif world_size() > 1 and re.search("gloo|NCCL|[Cc]onnection", reason):
+            reason = f"lost another process of this run (continue with --resume): {reason[:150]}"
         elif isinstance(error, RuntimeError):
             raise
         if rank() > 0:
@@ -76,6 +79,7 @@ def main(run, parse_args, argv=None):
         print("error:", reason, file=sys.stderr, flush=True)
         (os._exit if lost_worker else sys.exit)(1)  # sys.exit would wait for the worker
     finally:
+        end_loader_processes()
         if dist.is_initialized():
             dist.destroy_process_group()
         for n, handler in handlers.items():
@@ -402,6 +406,7 @@ class ImageSet(Dataset):
                     batches = self.batches(parts, torch.device("cpu"))
                     for rows, batch in zip(parts, progress(batches, "decoding", len(parts))):
                         stored["pixels"][rows], stored["aspect"][rows] = batch
+                    self.loader = None  # ends its processes
                     with contextlib.suppress(Failure, OSError):  # without it, the next start waits
                         file.parent.mkdir(parents=True, exist_ok=True)
                         save_file(file, stored)
@@ -439,6 +444,16 @@ def ignore_signals(_):
     """A signal to the whole process group must not kill the workers before the run is saved."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_loader_processes():
+    """They ignore SIGTERM, by which Python would end them and then wait for ever."""
+    if children := multiprocessing.active_children():
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's takes this for a failure
+        for child in children:
+            child.kill()
+            child.join()
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def free_memory(device):
@@ -990,7 +1005,8 @@ def read_file(path, mmap=False):
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # old formats have none
             raise ValueError("its checksum is wrong")
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on what other programs wrote
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged files raise a dozen kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -1012,6 +1028,8 @@ class Run:
     that is --lr · batch / 256; folder; step, the optimizer steps done.
     """
 
+    SAVED = {"args": dict, "step": int, "images": str, "log": int, "report": dict | None,
+             "model": dict, "optimizer": dict}
     MAY_CHANGE = {"data", "out", "resume", "workers", "device", "print_freq", "eval_every"}
 
     def __init__(self, method, args):
@@ -1059,7 +1077,8 @@ class Run:
         if not self.checkpoint.exists():
             return
         self.saved = saved = read_file(self.checkpoint)
-        if not (isinstance(saved, dict) and saved.get("method") == self.method and "args" in saved):
+        if not (isinstance(saved, dict) and saved.get("method") == self.method and
+                all(isinstance(saved.get(key), kind) for key, kind in self.SAVED.items())):
             raise Failure(f"{self.checkpoint} holds no run of {self.method}.py")
         for key, old in saved["args"].items():
             given, new = key in args.given, getattr(args, key, None)
@@ -1099,7 +1118,7 @@ class Run:
                 model.load_state_dict(saved["model"])
                 optimizer.load_state_dict(saved["optimizer"])
                 self.step, self.report, log_length = saved["step"], saved["report"], saved["log"]
-            except (KeyError, RuntimeError, ValueError) as error:
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise Failure(f"{self.checkpoint} does not fit this model: {error}")
             self.saved = None  # its memory
         if not self.folder:
@@ -1128,6 +1147,8 @@ class Run:
             except BlockingIOError:
                 raise Failure(f"another process is writing to {self.folder}")
             self.log_file.truncate(min(length, path.stat().st_size))
+            for part in self.folder.glob("*.tmp"):  # of a process killed while it saved
+                part.unlink()
 
     def sample(self, count=8):
         """-> the first images of the training set, uint8, and their aspects."""

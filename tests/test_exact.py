@@ -1,0 +1,210 @@
+"""N processes train what one process with the whole batch trains: each method's own loop, in
+float64, from the images on the disk to the last step's weights. And mistakes are noticed."""
+
+import functools
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, write_images
+from processes import run_processes
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import common
+import linear_probe
+
+CLASSES = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL", "simsiam": "SimSiam", "swav": "SwAV",
+           "barlow": "BarlowTwins", "dino": "DINO", "mae": "MAE", "rotation": "RotNet",
+           "jigsaw": "Jigsaw"}
+# 24 images: three steps, the first one already at the full rate
+FLAGS = ("--recipe demo -b 8 --epochs 1 --warmup-epochs 0 --image-size 32 --workers 0 --device cpu "
+         "--out run --data").split()
+SMALL = dict.fromkeys(CLASSES, ["-a", "resnet8x0.5"]) | {"mae": []}
+TOLERANCE = 1e-12  # of values of about 1, of which float64 has 2e-16
+
+
+@pytest.fixture(scope="module")
+def folder():
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(Path(folder, "images"), 24)
+        yield folder
+
+
+def trained(folder, method, *flags, mutation=None):
+    """-> loss of each step; gradients of the last step, parameters and buffers of this process at
+    the end; the files that it wrote."""
+    module, losses, models, grads = importlib.import_module(method), [], [], {}
+    kind, backward, before = getattr(module, CLASSES[method]), torch.Tensor.backward, os.getcwd()
+
+    def keep_model(*arguments, **options):
+        models.append(kind(*arguments, **options))
+        return models[-1]
+
+    def keep_loss(loss):
+        losses.append(loss.item())
+        backward(loss)
+
+    def keep_gradients(*_):
+        grads.update({f"gradient of {name}": p.grad.clone()
+                      for name, p in models[0].named_parameters() if p.grad is not None})
+
+    hook = register_optimizer_step_pre_hook(keep_gradients)
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as own:
+        os.chdir(own)
+        torch.set_default_dtype(torch.float64)
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        patch.setattr(torch.Tensor, "backward", keep_loss)
+        patch.setattr(linear_probe, "evaluate", lambda *a, **k: {})
+        patch.setattr(linear_probe, "print_report", lambda report: None)
+        patch.setattr(module, CLASSES[method], keep_model)
+        if mutation:
+            patch.setattr(*MUTATIONS[mutation][2:])
+        try:
+            module.train(module.parse_args([*FLAGS, f"{folder}/images", *SMALL[method], *flags]))
+        finally:
+            torch.set_default_dtype(torch.float32)
+            os.chdir(before)
+            hook.remove()
+        files = sorted(os.listdir(f"{own}/run")) if os.path.exists(f"{own}/run") else []
+    tensors = {k: v.numpy() for k, v in (grads | models[0].state_dict()).items()}
+    return losses, tensors, files
+
+
+@functools.cache
+def trained_alone(folder, method, *flags):
+    return trained(folder, method, *flags)
+
+
+def broken(folder, method, flags, mutation):
+    return trained(folder, method, *flags, mutation=mutation)
+
+
+def largest_difference(one, several):
+    """Over the losses, of which one process's is the mean of the others', and over all tensors of
+    every process; relative to the largest value of a tensor, if that exceeds 1."""
+    losses = [sum(values) / len(several) for values in zip(*(found[0] for found in several))]
+    assert len(losses) == len(one[0]) == 3 and len(set(losses)) == 3
+    differences = [abs(a - b) / max(1, abs(b)) for a, b in zip(losses, one[0])]
+    for _, tensors, _ in several:
+        assert tensors.keys() == one[1].keys()
+        differences += [abs(tensors[key] - value).max() / max(1, abs(value).max())
+                        for key, value in one[1].items() if value.size]  # an unused queue has none
+    return max(differences)
+
+
+@pytest.mark.parametrize("method", CLASSES)
+def test_two_processes_equal_one_and_only_the_first_writes(folder, method):
+    one, several = trained_alone(folder, method), run_processes(2, trained, folder, method)
+    assert sum(name.startswith("gradient") for name in one[1]) > 10
+    assert largest_difference(one, several) < TOLERANCE
+    assert [files for *_, files in several] == [one[2], []] and "backbone.pth" in one[2]
+
+
+@pytest.mark.parametrize("method, flags", [
+    ("simclr", []), ("moco", ["--version", "3", "--hidden-dim", "32"]),
+    ("swav", ["--queue-size", "16", "--queue-epoch", "0"]),
+    pytest.param("moco", ["--bn-groups", "4"], marks=pytest.mark.torture),
+    pytest.param("barlow", ["--loss", "vicreg"], marks=pytest.mark.torture),
+    pytest.param("dino", ["-a", "vit_micro"], marks=pytest.mark.torture)])
+def test_four_processes_equal_one(folder, method, flags):
+    one = trained_alone(folder, method, *flags)
+    assert largest_difference(one, run_processes(4, trained, folder, method, *flags)) < TOLERANCE
+
+
+# ---- mistakes that the comparison must notice
+
+
+def gather_without_gradient(x, gather=common.gather):
+    """Of the others' rows; its own have one, as in many implementations of SimCLR."""
+    rows = gather(x.detach()).unflatten(0, (common.world_size(), -1)).clone()
+    rows[common.rank()] = x
+    return rows.flatten(0, 1)
+
+
+def gather_in_place(x):
+    """By an all-reduce that autograd does not see, as in the official code of Barlow Twins."""
+    rows = x.new_zeros(common.world_size(), *x.shape)
+    rows[common.rank()] = x
+    dist.all_reduce(rows)
+    return rows.flatten(0, 1)
+
+
+def gather_own(x):
+    """This process's rows, as if the others had the same."""
+    return x.repeat(common.world_size(), 1)
+
+
+def sum_own(x):
+    return x * common.world_size()
+
+
+def leave_batch_norm(model):
+    return model
+
+
+def draw_own(n, *shape, device, low=0.0, high=1.0):
+    """The same numbers in each process."""
+    return torch.empty(n, *shape, device=device).uniform_(low, high)
+
+
+MUTATIONS = {  # -> method, flags, name of what is replaced, by what
+    "gather without gradient": ("simclr", [], "common.gather", gather_without_gradient),
+    "all-reduce in place": ("barlow", [], "common.gather", gather_in_place),
+    "local Sinkhorn": ("swav", [], "common.gather", gather_own),
+    "local center": ("dino", ["-a", "vit_micro", "--no-head-bn"], "common.all_sum", sum_own),
+    "BN not synchronised": ("byol", [], "common.sync_batch_norm", leave_batch_norm),
+    "BN statistics of the first": ("moco", [], "common.all_sum", sum_own),
+    "equal draws": ("rotation", [], "common.uniform", draw_own),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_mistakes_are_noticed(folder, mutation):
+    method, flags, *_ = MUTATIONS[mutation]
+    one = trained_alone(folder, method, *flags)
+    several = run_processes(2, broken, folder, method, flags, mutation)
+    assert largest_difference(one, several) > 1e6 * TOLERANCE
+
+
+# ---- as users start it
+
+
+LAUNCHER = """
+import runpy, sys, torch
+torch.set_default_dtype(torch.float64)
+torch.Tensor.float = torch.Tensor.double
+torch.set_num_threads(1)
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def launched(folder, arguments):
+    os.chdir(folder)
+    sys.argv = arguments
+    exec(LAUNCHER)
+
+
+def test_torchrun_equals_python(folder, tmp_path):
+    """From the first line to the report; only the first process speaks."""
+    Path("launcher.py").write_text(LAUNCHER)
+    command = ["launcher.py", str(ROOT / "simclr.py"), *FLAGS, f"{folder}/images", "-a",
+               "resnet8x0.5", "--lr", "1", "--out"]
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    done = subprocess.run([sys.executable, *torchrun, *command, "several"], capture_output=True,
+                          text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 3/3") == done.stdout.count("\ntrained") == 1
+    run_processes(1, launched, tmp_path, [*command, "one"])
+    run_processes(1, launched, tmp_path, [*command, "start", "--epochs", "0"])
+    several, one, start = (torch.load(f"{out}/backbone.pth", weights_only=True)
+                           for out in ("several", "one", "start"))
+    for name, expected in one.items():
+        torch.testing.assert_close(several[name], expected, rtol=0, atol=1e-5)
+        assert (expected - start[name]).abs().max() > 1e-3  # what training changes
