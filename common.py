@@ -22,6 +22,7 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -1307,8 +1308,9 @@ class Run:
             self._write({"step": self.step, "knn": round(top1, 2)})
             self.say(f"kNN {top1:.2f} % after epoch {self.step // self.steps_per_epoch}")
 
-    def finish(self):
-        """The report: what the backbone, its random initialisation and raw pixels are worth."""
+    def finish(self, layers=False):
+        """The report: what the backbone, its random initialisation and raw pixels are worth; with
+        `layers`, also what each stage of the backbone is."""
         from linear_probe import evaluate, print_report
 
         if self.report:
@@ -1317,8 +1319,11 @@ class Run:
             if not self.total_steps:
                 self.save()
             self.report = evaluate(self.backbone, self.initial, self.train_set, self.test_set,
-                                   self.args.image_size, self.device)
-            self._write({"step": self.step, "report": self.report})
+                                   self.args.image_size, self.device, layers=layers)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB, on Linux
+            if self.device.type == "cuda":
+                peak = torch.cuda.max_memory_allocated(self.device)
+            self._write({"step": self.step, "peak_gb": round(peak / 1e9, 2), "report": self.report})
             self.save()
         if rank() == 0:
             print_report(self.report)

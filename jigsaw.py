@@ -253,7 +253,7 @@ def train(args):
         whole.load_state_dict(backbone.state_dict())
         calibrate_batch_norm(whole, run.train_set, args.image_size, run.device)
         backbone.load_state_dict(whole.state_dict())
-    run.finish()
+    run.finish(layers=True)
 
 
 # Sources: imagenet: vissl's ResNet-50 (rate drops at epochs 30, 60, 90 and 100; of its probes that

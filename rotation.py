@@ -170,7 +170,7 @@ def train(args):
         optimizer.step()
         if run.prints(step):
             run.log(step, loss, lr, chance, accuracy=accuracy(logits, rotation))
-    run.finish()
+    run.finish(layers=True)
 
 
 # Sources: cifar: gidariss/FeatureLearningRotNet (rate 0.1 for 128 images; drops at epochs 60, 120

@@ -308,7 +308,7 @@ def test_order_and_schedules_of_a_run(class_folders, monkeypatch):
     record(dino, "ema_update", lambda teacher, student, m: (
         m, last_layers.append(student["head"].last_layer.weight.detach().clone())))
     record(dino, "update_center", lambda center, mean, m: (mean, m))
-    monkeypatch.setattr(linear_probe, "evaluate", lambda *a: None)
+    monkeypatch.setattr(linear_probe, "evaluate", lambda *a, **k: None)
     monkeypatch.setattr(linear_probe, "print_report", lambda report: None)
     dino.VITS["vit_test"] = (64, 2, 1)
     args = ("--data images --recipe demo --arch vit_test -b 8 --epochs 2 --patch-size 8 "

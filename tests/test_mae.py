@@ -366,7 +366,7 @@ def test_loss_falls_below_the_variance_only_if_the_encoder_sees():
                                               ("simmim", [])])
 def test_run_writes_pictures(class_folders, monkeypatch, objective, flags):
     drawn = []
-    monkeypatch.setattr(linear_probe, "evaluate", lambda *a: {})
+    monkeypatch.setattr(linear_probe, "evaluate", lambda *a, **k: {})
     monkeypatch.setattr(linear_probe, "print_report", lambda report: None)
     monkeypatch.setattr(mae, "reconstruct", lambda *a: drawn.append(a) or reconstruct(*a))
     mae.train(mae.parse_args(["--data", "images", "--recipe", "demo", "-b", "8", "--epochs", "1",
