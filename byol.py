@@ -221,18 +221,18 @@ RECIPES = {
     "image_size":      (32,         32,         224),
     "epochs":          (5,          200,        100),
     "warmup_epochs":   (0.5,        10,         10),
-    "batch_size":      (128,        512,        1024),
+    "batch_size":      (64,         512,        1024),
     "optimizer":       ("sgd",      "sgd",      "lars"),
-    "lr":              (0.03,       0.03,       0.45),
+    "lr":              (0.1,        0.03,       0.45),
     "weight_decay":    (2e-3,       2e-3,       1e-6),
-    "ema_momentum":    (0.9,        0.99,       0.9975),
+    "ema_momentum":    (0.5,        0.99,       0.9975),
     "hidden_dim":      (256,        1024,       4096),
-    "proj_dim":        (64,         256,        256),
+    "proj_dim":        (256,        256,        256),
     "crop_scale":      (0.35,       0.08,       0.08),
     "jitter_strength": (1.0,        1.0,        1.0),
     "blur1":           (0.0,        0.0,        1.0),
     "blur2":           (0.0,        0.0,        0.1),
-    "solarize2":       (0.2,        0.2,        0.2),
+    "solarize2":       (0.0,        0.2,        0.2),
 }
 
 

@@ -263,7 +263,7 @@ RECIPES = {
     "recipe":        ("demo",           "cifar",          "imagenet"),
     "arch":          ("resnet8",        "resnet18",       "resnet50"),
     "image_size":    (32,               32,               255),
-    "epochs":        (5,                200,              105),
+    "epochs":        (10,               200,              105),
     "warmup_epochs": (0.4,              5,                5),
     "batch_size":    (64,               256,              256),
     "lr":            (0.2,              0.1,              0.1),
