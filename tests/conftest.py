@@ -18,9 +18,11 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """data/cache and runs/ of a test lie in its own temporary folder."""
+def own_folder_and_seed(tmp_path, monkeypatch):
+    """data/cache and runs/ of a test lie in its own temporary folder; each draws the same numbers
+    every time."""
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
 
 
 def write_images(folder, count, size=(32, 32), seed=0, suffix=".png"):

@@ -117,12 +117,14 @@ def ablation_command(name):
 
 # ------------------------------------------------------------------------------------------ runs
 
-SUBSET = "--data cifar --recipe demo --max-images 10000"
+SUBSET = "--data cifar --recipe demo --max-images 10000"  # 100,000 views in 5 epochs
+FEWER = {"rotation": " --epochs 2"}  # four views of each image
 WIDTHS = "resnet8x0.5", "resnet8x2", "vgg11_bnx0.25"  # resnet8 itself is in the group cpu
 RUNS = {
     "cpu": [run for seed in range(3)
             for run in [(f"{m}-{seed}", f"{m}.py --seed {seed}") for m in METHODS]
-            + [(f"{m}-cifar-{seed}", f"{m}.py {SUBSET} --seed {seed}") for m in METHODS]],
+            + [(f"{m}-cifar-{seed}", f"{m}.py {SUBSET}{FEWER.get(m, '')} --seed {seed}")
+               for m in METHODS]],
     "gpu": [(f"{m}-200", f"{m}.py --data cifar --recipe cifar --epochs 200 --seed 0")
             for m in METHODS]
     + [("dino-vit-200",
@@ -130,7 +132,7 @@ RUNS = {
     "gpu-long": [(f"{m}-800", f"{m}.py --data cifar --recipe cifar --epochs 800 --seed 0")
                  for m in METHODS],
     "ablation": [(name, ablation_command(name)) for name in ABLATIONS],
-    "architecture": [(f"{m}-{arch}", f"{m}.py {SUBSET} --arch {arch} --seed 0")
+    "architecture": [(f"{m}-{arch}", f"{m}.py {SUBSET}{FEWER.get(m, '')} --arch {arch} --seed 0")
                      for arch in WIDTHS for m in ("rotation", "simclr")],
 }
 
