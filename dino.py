@@ -28,6 +28,8 @@ rises by the step (official: by the epoch); blur is a true Gaussian (official: P
 embeddings are interpolated to exactly the grid's size (official: a tenth of a patch more); bfloat16
 without gradient scaling (official: float16). The survey's formula has two views, no temperatures
 and no center.
+
+Measured
 """
 
 import argparse

@@ -25,14 +25,13 @@ The report at the end shows the last layer; the best features of both papers are
 puzzles.png has puzzles, and how the trained network solves them. Tiles are 8 of 10 pixels of a cell
 at 32 pixels, with gaps of 0 to 4, and 64 of 85 at 255, with gaps of 0 to 42.
 
-Ten orders of whole built-in images are easy, 95 % after 300 steps, and the features got no better.
-The demonstration has 30, of crops and negatives: 27 % after 200 steps, chance being 3 %.
-
 Departures from the papers: ResNets instead of AlexNet, with the head of Kolesnikov et al. (2019)
 without its dropout; channels are not jittered. Orders are chosen by their smallest distance first,
 then by the mean, which alone is the paper's criterion. The relative task has the puzzle's gaps
 (paper: half a tile; --tile-size 57 of 255 pixels is that) and drops colour as the puzzle does. At
 the end the backbone's BN gets the statistics of whole images; --eval-every has those of tiles.
+
+Measured
 """
 
 import math

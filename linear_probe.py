@@ -67,8 +67,8 @@ def extract_features(backbone, image_set, image_size, device, view=None, indices
 class Stages(nn.Module):
     """The features after each stage of a backbone, side by side: (B, 3, H, W) -> (B, all of them).
 
-    A map is averaged over a grid that leaves about `features` numbers (True: as many as the backbone
-    has at its end), because more features alone raise an accuracy. ViT: mean of the patches and
+    A map is averaged over a grid that leaves about `features` numbers (True: as many as the
+    backbone has at its end), because more features alone raise an accuracy. ViT: mean of the patches and
     class token after each block and the last LayerNorm, and the last four class tokens together
     (DINO's probe of ViT-S). `columns`: {name: those of its features}.
     """

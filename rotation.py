@@ -17,16 +17,18 @@ Run      python rotation.py                       demonstration: built-in images
          torchrun --nproc-per-node=8 rotation.py --data path
 Reuse    from rotation import RotNet, rotate_four, rotation_loss         (needs torch only)
 
-The report at the end shows the last layer, whose features know rotations best and objects less well
-than those of a middle layer: the paper reads the second of four blocks; with a ResNet-50 on
-ImageNet a linear probe of its third and fourth stage gives 54 and 46 % (mmselfsup).
+The last layer knows rotations best and objects less well than a middle one: the paper reads the
+second of four blocks; with a ResNet-50 on ImageNet a linear probe of its third and fourth stage
+gives 54 and 46 % (mmselfsup). So the report at the end has every stage.
 
-The built-in images have a shortcut: light falls from above, and from its direction alone a network
-tells 97 % of the rotations after 100 steps, with features worse than those of random weights (kNN
-20 %, random 34 %). So half of the demonstration's views are negatives (--invert): kNN 50 %.
+The built-in images have a shortcut: light falls from above, and its direction alone tells the
+rotation. So half of the demonstration's views are negatives (--invert); without them, see
+`rotation-no-negatives` in tests/results/README.md.
 
 Departures from the paper: ResNets instead of NIN and AlexNet, with one linear layer on the pooled
 features; pixels are normalised with ImageNet's mean and std on CIFAR, too.
+
+Measured
 """
 
 import math

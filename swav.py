@@ -29,6 +29,8 @@ Departures from the paper: LARS on all parameters, biases and BN too, for the au
 divides by |g| + weight_decay · |w|, LARS by |g + weight_decay · w|; a warm-up starts at 0 (authors'
 code: 1/16 of the peak); no bias ahead of the projector's BN, which cancels it; codes come from
 float32 scores (authors' code: float16); blur is a true Gaussian (authors' code: PIL's three boxes).
+
+Measured
 """
 
 import itertools

@@ -46,6 +46,13 @@ def write_run(results, name, probe=70.0, layers=None, finished=True, **record):
 # ---------------------------------------------------------------------------- the pages as kept
 
 
+@pytest.mark.parametrize("method", measure.METHODS)
+def test_docstrings_have_the_figures_of_the_logs(method):
+    text = (measure.ROOT / f"{method}.py").read_text(encoding="utf8")
+    assert measure.rewrite_docstring(text, measure.read_runs(RESULTS), method) == text
+    assert "\nMeasured in the demonstration" in text.split('"""')[1]
+
+
 @pytest.mark.parametrize("page", measure.pages(RESULTS), ids=("results", "project"))
 def test_page_is_what_table_writes(page):
     text = page.read_text(encoding="utf8")
