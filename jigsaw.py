@@ -21,15 +21,16 @@ Run      python jigsaw.py                       demonstration: built-in images, 
          torchrun --nproc-per-node=8 jigsaw.py --data path
 Reuse    from jigsaw import Jigsaw, permutation_set, cut_tiles, jigsaw_loss     (needs torch only)
 
-The report at the end shows the last layer; the best features of both papers are a middle layer's.
-puzzles.png has puzzles, and how the trained network solves them. Tiles are 8 of 10 pixels of a cell
-at 32 pixels, with gaps of 0 to 4, and 64 of 85 at 255, with gaps of 0 to 42.
+The report at the end has every stage. puzzles.png has puzzles, and how the trained network solves
+them. Tiles are 8 of 10 pixels of a cell at 32 pixels, with gaps of 0 to 4, and 64 of 85 at 255,
+with gaps of 0 to 42.
 
 Departures from the papers: ResNets instead of AlexNet, with the head of Kolesnikov et al. (2019)
-without its dropout; channels are not jittered. Orders are chosen by their smallest distance first,
-then by the mean, which alone is the paper's criterion. The relative task has the puzzle's gaps
-(paper: half a tile; --tile-size 57 of 255 pixels is that) and drops colour as the puzzle does. At
-the end the backbone's BN gets the statistics of whole images; --eval-every has those of tiles.
+without its dropout; channels are not jittered; images are flipped, as in vissl. Orders are chosen
+by their smallest distance first, then by the mean, which alone is the paper's criterion. The
+relative task has the puzzle's gaps (paper: half a tile; --tile-size 57 of 255 pixels is that on
+average) and drops colour as the puzzle does. At the end the backbone's BN gets the statistics of
+whole images; --eval-every has those of tiles.
 
 Measured
 """

@@ -21,7 +21,8 @@ Reuse    from mae import MAE, ViT, mae_loss             (needs torch only)
 
 The official checkpoints load: into ViT, and with "backbone." before the encoder's keys into MAE.
 Departures from the paper: crops of small images are bilinear (official: bicubic everywhere). SimMIM
-removes single patches (paper: squares of 32 pixels), in this ViT (paper: relative positions).
+removes single patches (paper: squares of 32 pixels), in this ViT (paper: relative positions), on
+MAE's crops (official: --crop-scale 0.67).
 
 Measured
 """
@@ -367,8 +368,8 @@ def train(args):
 VITS = {"vit_micro": (128, 4, 2), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6),
         "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (1280, 32, 16)}
 
-# Sources: imagenet: the paper and facebookresearch/mae (batch there: 4096). cifar: networks as
-# IcarusWizard/MAE (patch there: 2); its epochs, batch and rate are ours and were not measured.
+# Sources: imagenet: the paper and facebookresearch/mae (batch there: 4096). cifar: widths and depths
+# as IcarusWizard/MAE (there: patch 2, 3 heads in the decoder, learned positions); its epochs, batch and rate are ours and were not measured.
 # demo: ours, by the loss on removed patches.
 RECIPES = {
     "recipe":          ("demo",      "cifar",    "imagenet"),

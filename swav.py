@@ -161,7 +161,7 @@ def make_augment(image_size, crop_scale, jitter_strength, blur):
         RandomHorizontalFlip(0.5),
         ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8),
         RandomGrayscale(0.2),
-        GaussianBlur(blur, sigma=(0.1, 2.0), kernel_size=13),  # 3σ: PIL's has no cut
+        GaussianBlur(blur, sigma=(0.1, 2.0), kernel_size=13),  # to 3 σ, as PIL
         Normalize(),
     ])
 
@@ -268,8 +268,7 @@ def train(args):
 
 # Sources: imagenet: the authors' recipe for batches of 256 (facebookresearch/swav), 72.7 % linear.
 # Their large one: batch 4096, lr 0.3 per 256, 10 epochs of warm-up, no queue; 75.3 % after 800
-# epochs. cifar: lightly's CIFAR-10 benchmark. demo: measured; SimCLR's budget of 50,000 views,
-# which count by their pixels: a small one of 16 is a quarter of a large one of 32.
+# epochs. cifar: lightly's CIFAR-10 benchmark. demo: measured; SimCLR's budget of 50,000 views.
 RECIPES = {
     "recipe":              ("demo",    "cifar",    "imagenet"),
     "arch":                ("resnet8", "resnet18", "resnet50"),

@@ -340,7 +340,7 @@ def test_order_and_schedules_of_a_run(class_folders, monkeypatch):
 
 
 def test_views_are_those_of_the_paper():
-    first, second, local = dino.make_augments(224, 96, 0.4, 0.05, 1.0)
+    first, second, local = dino.make_augments(224, 96, 0.4, 0.05, 1.0, 0.2)
     for augment, size, scale, blur, solarize in ((first, 224, (0.4, 1.0), 1.0, 0.0),
                                                  (second, 224, (0.4, 1.0), 0.1, 0.2),
                                                  (local, 96, (0.05, 0.4), 0.5, 0.0)):
