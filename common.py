@@ -1152,8 +1152,9 @@ class Run:
                 part.unlink()
 
     def sample(self, count=8):
-        """-> the first images of the training set, uint8, and their aspects."""
-        rows = torch.arange(min(count, len(self.train_set)))
+        """-> some images from all over the training set, uint8, and their aspects."""
+        n = len(self.train_set)
+        rows = torch.arange(min(count, n)) * n // min(count, n)
         return next(self.train_set.batches([rows], self.device))
 
     def save_picture(self, name, *columns):
