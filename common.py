@@ -65,7 +65,7 @@ def main(run, parse_args, argv=None):
     try:
         run(parse_args(argv))
     except (Failure, MemoryError, OSError, RuntimeError) as error:
-        reason, lost_worker = " ".join(str(error).split()), "DataLoader worker" in str(error)
+        reason, lost_worker = " ".join(str(error).split()), "DataLoader worker (" in str(error)
         if lost_worker:
             reason = "a process that decodes images died, out of memory? try fewer --workers"
         elif isinstance(error, MemoryError) or re.search(
@@ -395,7 +395,7 @@ class ImageSet(Dataset):
             digest = hashlib.sha256(str(canvas).encode())
             for name, item in zip(self.names, self.source):
                 if isinstance(item, str) and os.path.exists(item):
-                    name = os.path.abspath(item), os.stat(item).st_size, os.stat(item).st_mtime_ns
+                    name = os.path.abspath(item), os.stat(item).st_size, os.stat(item).st_ctime_ns
                 digest.update(repr(name).encode())
             file = Path("data/cache", digest.hexdigest()[:16] + ".pth")
             with first_process_first():
@@ -433,6 +433,7 @@ class ImageSet(Dataset):
         loader = DataLoader(self, batch_sampler=(torch.as_tensor(i).tolist() for i in index_lists),
                             num_workers=self.workers, worker_init_fn=ignore_signals,
                             pin_memory=device.type == "cuda")
+        self.loader = None  # an iterator cannot be pickled, as a start by forkserver does
         self.loader = iter(loader)  # kept: to destroy it when a worker was killed can hang
         for images, aspect, indices, reasons in self.loader:
             self.unreadable |= {i: r for i, r in zip(indices.tolist(), reasons) if r}
@@ -1165,6 +1166,7 @@ class Run:
             except BlockingIOError:
                 raise Failure(f"another process is writing to {self.folder}")
             self.log_file.truncate(min(length, path.stat().st_size))
+            self.log_file.seek(0, os.SEEK_END)  # `save` stores the position
             for part in self.folder.glob("*.tmp"):  # of a process killed while it saved
                 part.unlink()
 
