@@ -16,7 +16,6 @@ import copy
 import fcntl
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import multiprocessing
@@ -548,8 +547,8 @@ def torchvision_sets(name):
 
 
 def load_data(data, image_size, max_images=None, workers=0, device=torch.device("cpu")):
-    """-> (training, test) ImageSets, decoded where they fit; test is None without labels. Training
-    images that are unreadable stand for their neighbours, without a label.
+    """-> (training, test) ImageSets, decoded where they fit; test is None without labels. The
+    neighbours of unreadable training images stand for them, without a label.
 
     Images keep the detail of a canvas 8/7 of the view (256 pixels for 224), at least 64 pixels, and
     no larger than the median image.
@@ -917,7 +916,7 @@ ARCHS = ", ".join([*DEPTHS, *VGGS])
 
 
 class ResNet(torchvision.models.ResNet):
-    """ResNet (He et al., 2016) without `fc`, of any width and number of stages: (B, 3, H, W) ->
+    """ResNet (He et al., 2016) without `fc`, of any width and up to four stages: (B, 3, H, W) ->
     (B, C). With the imagenet stem it is torchvision's; the stems for small images do not pool.
     `stages`: names of the submodules after which features can be taken."""
 
@@ -978,7 +977,8 @@ def architecture(text):
 
 
 def make_backbone(arch, image_size, zero_init_residual=False):
-    """"resnet50", 224 -> ResNet; views of at most 64 pixels get a 3x3 stem without max-pooling."""
+    """"resnet50", 224 -> ResNet or VGG; views of at most 64 pixels get a ResNet a 3x3 stem without
+    max-pooling."""
     name, _, width = arch.partition("x")
     width = float(width or 1)
     if name in VGGS:
@@ -1020,7 +1020,7 @@ def save_file(path, value):
 
 
 def read_file(path, mmap=False):
-    """torch.load, of plain values only and with the CRCs checked, which torch does not do."""
+    """torch.load, of tensors and plain values only, with the CRCs checked, which torch does not."""
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # old formats have none
             raise ValueError("its checksum is wrong")
@@ -1033,11 +1033,11 @@ def read_file(path, mmap=False):
 
 
 def run_folders(method):
-    """runs/<method>, runs/<method>-2, ...: those that exist, and then the next."""
-    for n in itertools.count(1):
-        yield (folder := Path("runs", method + f"-{n}" * (n > 1)))
-        if not folder.exists():
-            return
+    """runs/<method>, runs/<method>-2, ...: the last that exists, or None, and the next."""
+    found = [re.fullmatch(rf"{method}(?:-(\d+))?", path.name) for path in Path("runs").glob("*")]
+    last = max([int(match[1] or 1) for match in found if match], default=0)
+    folders = [Path("runs", method + f"-{n}" * (n > 1)) for n in (last, last + 1)]
+    return folders[0] if last else None, folders[1]
 
 
 class Run:
@@ -1058,8 +1058,7 @@ class Run:
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        *existing, _ = run_folders(method)
-        self.folder = existing[-1] if args.resume and existing else None
+        self.folder = run_folders(method)[0] if args.resume else None
         if args.out:
             self.folder = Path(args.out)
         if self.folder:
@@ -1141,7 +1140,7 @@ class Run:
                 raise Failure(f"{self.checkpoint} does not fit this model: {error}")
             self.saved = None  # its memory
         if not self.folder:
-            *_, self.folder = run_folders(self.method)
+            self.folder = run_folders(self.method)[1]
             self.checkpoint = self.folder / "checkpoint.pth"
         self.say(f"writing to {self.folder}, training on {self.device}")
         if rank() == 0:
@@ -1165,6 +1164,8 @@ class Run:
                 fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise Failure(f"another process is writing to {self.folder}")
+            except OSError:
+                pass  # a file system without locks
             self.log_file.truncate(min(length, path.stat().st_size))
             self.log_file.seek(0, os.SEEK_END)  # `save` stores the position
             for part in self.folder.glob("*.tmp"):  # of a process killed while it saved
@@ -1340,7 +1341,8 @@ class Run:
                 self.save()
             self.report = evaluate(self.backbone, self.initial, self.train_set, self.test_set,
                                    self.args.image_size, self.device, layers=layers)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB, on Linux
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+            peak *= 1 if sys.platform == "darwin" else 1024
             if self.device.type == "cuda":
                 peak = torch.cuda.max_memory_allocated(self.device)
             self._write({"step": self.step, "peak_gb": round(peak / 1e9, 2), "report": self.report})
