@@ -296,7 +296,7 @@ def find_images(root):
     files, seen = [], set()
 
     def fail(error):
-        raise error
+        raise Failure(f"cannot read folder {error.filename!r}: {error.strerror}")
 
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
         real = os.path.realpath(folder)
@@ -1068,7 +1068,8 @@ class Run:
         images, share = len(self.train_set), 2 * world_size()
         if args.batch_size > images:  # a recipe's shrinks to the set; one given by hand does not
             if "batch_size" in args.given or images < share:
-                raise Failure(f"{images} images are fewer than --batch-size {args.batch_size}")
+                raise Failure(f"{images} training images are fewer than --batch-size "
+                              f"{args.batch_size}")
             args.batch_size = images // share * share
             self.say(f"batch of {args.batch_size}, since there are {images} images")
         names = "\n".join(self.train_set.names).encode(errors="surrogateescape")
@@ -1087,17 +1088,18 @@ class Run:
         """Refuse a folder with a run in it; to resume, read the checkpoint. Arguments that were not
         given by hand become what they were, others must not differ."""
         args, self.checkpoint = self.args, self.folder / "checkpoint.pth"
-        with writing(f"--out {self.folder}"):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise Failure(f"--out {self.folder} is not a folder")
         files = self.checkpoint, self.folder / "backbone.pth", self.folder / "log.jsonl"
         if not args.resume and any(map(Path.exists, files)):
             raise Failure(f"--out {args.out} holds a run: add --resume, or choose another folder")
         if not self.checkpoint.exists():
             return
         self.saved = saved = read_file(self.checkpoint)
-        if not (isinstance(saved, dict) and saved.get("method") == self.method and
-                all(isinstance(saved.get(key), kind) for key, kind in self.SAVED.items())):
-            raise Failure(f"{self.checkpoint} holds no run of {self.method}.py")
+        method = saved.get("method") if isinstance(saved, dict) else None
+        if method != self.method or not all(isinstance(saved.get(key), kind)
+                                            for key, kind in self.SAVED.items()):
+            raise Failure(f"{self.checkpoint} holds no run of {self.method}.py (method: {method})")
         for key, old in saved["args"].items():
             given, new = key in args.given, getattr(args, key, None)
             if given and key not in self.MAY_CHANGE and new != old:
