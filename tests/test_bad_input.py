@@ -20,7 +20,9 @@ import common
 import linear_probe
 
 pytestmark = [pytest.mark.filterwarnings("error::FutureWarning"),
-              pytest.mark.filterwarnings("error::DeprecationWarning")]
+              pytest.mark.filterwarnings("error::DeprecationWarning"),
+              # common.py silences it, but pytest sets its own filters
+              pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")]
 
 
 # ---- image files
