@@ -76,6 +76,12 @@ def trained(folder, method, *flags, mutation=None):
     return losses, tensors, files
 
 
+# DINO nearer to the paper: the demonstration's sharper distributions amplify the rounding
+SOFT = ["--student-temperature", "0.1", "--teacher-temperature", "0.04",
+        "--teacher-temperature-start", "0.04", "--center-momentum", "0.9", "--local-views", "2",
+        "--lr", "1e-3"]
+
+
 @functools.cache
 def trained_alone(folder, method, *flags):
     return trained(folder, method, *flags)
@@ -100,7 +106,9 @@ def largest_difference(one, several):
 
 @pytest.mark.parametrize("method", CLASSES)
 def test_two_processes_equal_one_and_only_the_first_writes(folder, method):
-    one, several = trained_alone(folder, method), run_processes(2, trained, folder, method)
+    flags = SOFT if method == "dino" else []
+    one = trained_alone(folder, method, *flags)
+    several = run_processes(2, trained, folder, method, *flags)
     assert sum(name.startswith("gradient") for name in one[1]) > 10
     assert largest_difference(one, several) < TOLERANCE
     assert [files for *_, files in several] == [one[2], []] and "backbone.pth" in one[2]
@@ -111,7 +119,7 @@ def test_two_processes_equal_one_and_only_the_first_writes(folder, method):
     ("swav", ["--queue-size", "16", "--queue-epoch", "0"]),
     pytest.param("moco", ["--bn-groups", "4"], marks=pytest.mark.torture),
     pytest.param("barlow", ["--loss", "vicreg"], marks=pytest.mark.torture),
-    pytest.param("dino", ["-a", "vit_micro"], marks=pytest.mark.torture)])
+    pytest.param("dino", ["-a", "vit_micro", *SOFT], marks=pytest.mark.torture)])
 def test_four_processes_equal_one(folder, method, flags):
     one = trained_alone(folder, method, *flags)
     assert largest_difference(one, run_processes(4, trained, folder, method, *flags)) < TOLERANCE
@@ -157,7 +165,7 @@ MUTATIONS = {  # -> method, flags, name of what is replaced, by what
     "gather without gradient": ("simclr", [], "common.gather", gather_without_gradient),
     "all-reduce in place": ("barlow", [], "common.gather", gather_in_place),
     "local Sinkhorn": ("swav", [], "common.gather", gather_own),
-    "local center": ("dino", ["-a", "vit_micro", "--no-head-bn"], "common.all_sum", sum_own),
+    "local center": ("dino", ["-a", "vit_micro", "--no-head-bn", *SOFT], "common.all_sum", sum_own),
     "BN not synchronised": ("byol", [], "common.sync_batch_norm", leave_batch_norm),
     "BN statistics of the first": ("moco", [], "common.all_sum", sum_own),
     "equal draws": ("rotation", [], "common.uniform", draw_own),

@@ -105,10 +105,10 @@ def test_damaged_checkpoints(tmp_path, first, count):
 def read_checkpoints(first, count):
     path, value, refused = Path("checkpoint.pth"), checkpoint(), 0
     common.save_file(path, value)
-    data, weights = path.read_bytes(), linear_probe.backbone_weights(path)
+    data, weights = path.read_bytes(), linear_probe.read_backbone(path)
     for number in range(first, first + count):
         path.write_bytes(mutated(data, random.Random(number)))
-        for read, expected in (common.read_file, value), (linear_probe.backbone_weights, weights):
+        for read, expected in (common.read_file, value), (linear_probe.read_backbone, weights):
             try:
                 assert same(read(path), expected), number
             except common.Failure as error:
@@ -149,7 +149,7 @@ def test_malicious_files_execute_nothing(kind, save):
     else:
         torch.save(value, "checkpoint.pth", _use_new_zipfile_serialization=save == "zip")
     assert not Path("executed").exists()
-    for read in common.read_file, linear_probe.backbone_weights, linear_probe.load_backbone:
+    for read in common.read_file, linear_probe.read_backbone, linear_probe.load_backbone:
         with pytest.raises(common.Failure, match="checkpoint.pth"):
             read("checkpoint.pth")
     assert not Path("executed").exists()
