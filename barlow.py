@@ -32,7 +32,9 @@ projector has biases in front of its two BN (official), where they have no effec
 Its loss is a mean over D, where that of Barlow Twins is a sum, and its official code has a single
 learning rate: hence --lr-biases 0.2.
 
-Measured
+Measured in the demonstration, top-1 in percent (of the network at random):
+built-in set, kNN 62.9 (33.7), probe 79.2 (42.1); seeds: 1
+10,000 of CIFAR-10, kNN 37.2 (31.9), probe 43.0 (35.1); seeds: 1
 """
 
 import math

@@ -28,7 +28,9 @@ brightness is scaled (official: shifted); the target starts as a copy (official:
 own, said to make no difference). The last BN of a residual block starts at 0 as in the official
 code, whose README says that the paper's results were obtained without that.
 
-Measured
+Measured in the demonstration, top-1 in percent (of the network at random):
+built-in set, kNN 38.8 (35.0), probe 58.4 (43.4); seeds: 2
+10,000 of CIFAR-10, kNN 38.0 (31.9), probe 40.9 (35.1); seeds: 1
 """
 
 import copy

@@ -29,7 +29,8 @@ embeddings are interpolated to exactly the grid's size (official: a tenth of a p
 without gradient scaling (official: float16). The survey's formula has two views, no temperatures
 and no center.
 
-Measured
+Measured in the demonstration, top-1 in percent (of the network at random):
+10,000 of CIFAR-10, kNN 34.4 (31.9), probe 40.5 (35.1); seeds: 1
 """
 
 import argparse

@@ -32,7 +32,9 @@ relative task has the puzzle's gaps (paper: half a tile; --tile-size 57 of 255 p
 average) and drops colour as the puzzle does. At the end the backbone's BN gets the statistics of
 whole images; --eval-every has those of tiles.
 
-Measured
+Measured in the demonstration, top-1 in percent (of the network at random):
+built-in set, kNN 59.0 (33.7), probe 78.5 (42.1); seeds: 1
+10,000 of CIFAR-10, kNN 33.8 (31.9), probe 39.2 (35.1); seeds: 1
 """
 
 import math

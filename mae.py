@@ -24,7 +24,9 @@ Departures from the paper: crops of small images are bilinear (official: bicubic
 removes single patches (paper: squares of 32 pixels), in this ViT (paper: relative positions), on
 MAE's crops (official: --crop-scale 0.67).
 
-Measured
+Measured in the demonstration, top-1 in percent (of the network at random):
+built-in set, kNN 19.4 (16.8), probe 70.2 (72.1); seeds: 1
+10,000 of CIFAR-10, kNN 36.1 (29.9), probe 49.2 (42.6); seeds: 1
 """
 
 import argparse

@@ -32,7 +32,9 @@ Departures from the papers: the rate falls on a cosine per step (v1: to a tenth 
 160 of 200; v2: per epoch). BN groups are parts of the total batch, whatever the number of GPUs, and
 their running statistics are averaged (official: the first GPU's). Any batch fits the queue.
 
-Measured
+Measured in the demonstration, top-1 in percent (of the network at random):
+built-in set, kNN 48.8 (35.0), probe 72.3 (43.4); seeds: 2
+10,000 of CIFAR-10, kNN 39.1 (31.9), probe 43.3 (35.1); seeds: 1
 """
 
 import argparse

@@ -24,7 +24,9 @@ outside the momentum buffer (official: inside), which differs only while the rat
 is half the official one, and so are the steps of biases and BN, which LARS does not adapt. In the
 official code only: the last BN of a residual block starts at 0.
 
-Measured
+Measured in the demonstration, top-1 in percent (of the network at random):
+built-in set, kNN 86.8 (35.0), probe 94.2 (43.4); seeds: 2
+10,000 of CIFAR-10, kNN 43.1 (31.9), probe 48.0 (35.1); seeds: 1
 """
 
 import math

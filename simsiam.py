@@ -23,7 +23,9 @@ Departure from the paper: none that is known. In the authors' code only: the las
 block starts at 0; the projector's last linear layer has a frozen bias, left out here because the
 BN that follows removes it.
 
-Measured
+Measured in the demonstration, top-1 in percent (of the network at random):
+built-in set, kNN 57.2 (35.0), probe 76.7 (43.4); seeds: 2
+10,000 of CIFAR-10, kNN 39.3 (31.9), probe 44.0 (35.1); seeds: 1
 """
 
 import math

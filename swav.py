@@ -30,7 +30,9 @@ divides by |g| + weight_decay · |w|, LARS by |g + weight_decay · w|; a warm-up
 code: 1/16 of the peak); no bias ahead of the projector's BN, which cancels it; codes come from
 float32 scores (authors' code: float16); blur is a true Gaussian (authors' code: PIL's three boxes).
 
-Measured
+Measured in the demonstration, top-1 in percent (of the network at random):
+built-in set, kNN 71.2 (35.0), probe 86.7 (43.4); seeds: 2
+10,000 of CIFAR-10, kNN 39.3 (31.9), probe 46.0 (35.1); seeds: 1
 """
 
 import itertools

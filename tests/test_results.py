@@ -36,7 +36,9 @@ def write_run(results, name, probe=70.0, layers=None, finished=True, **record):
              for step, loss in ((1, 2.0), (2, 1.0))]
     final = REPORT | {"trained": {"knn": 60.0, "probe": probe}}
     if layers:
-        final["layers"] = layers
+        final["trained"]["layers"] = layers
+        final["random"] = REPORT["random"] | {"layers": {
+            stage: {"knn": 10.0 * i, "probe": 20.0 * i} for i, stage in enumerate(layers, 1)}}
     lines += [{"step": 2, "report": final, "peak_gb": 1.5}] if finished else []
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if record:
@@ -115,7 +117,7 @@ def test_missing_runs(tmp_path):
         log.write('{"step": 3, "lo')  # cut off
     write_run(tmp_path, "moco-cifar-0")
     names = [name for name, _ in measure.missing("cpu", tmp_path, "moco")]
-    assert names == ["moco-1", "moco-cifar-1", "moco-2", "moco-cifar-2"]
+    assert names == ["moco-1", "moco-2", "moco-cifar-1", "moco-cifar-2"]
     assert [name for name, _ in measure.missing("cpu", tmp_path, "moco-1")] == ["moco-1"]
     assert measure.missing("cpu", tmp_path, "moco-0") == []
     assert len(measure.missing("gpu", tmp_path)) == 11
@@ -130,7 +132,8 @@ def test_span():
 
 
 def test_tables_of_a_few_runs(tmp_path):
-    layers = {"layer1": {"knn": 50.0, "probe": 81.0}, "layer2": {"knn": 55.0, "probe": 70.0}}
+    layers = {"layer1": {"knn": 50.0, "probe": 81.0, "held_out": {"1": 60.0, "0.1": 79.0}},
+              "layer2": {"knn": 55.0, "probe": 90.0, "held_out": {"1": 75.0}}}  # the test set's
     for seed, probe in ((0, 70.0), (1, 80.0)):
         write_run(tmp_path, f"rotation-{seed}", probe, layers)
     write_run(tmp_path, "simsiam-0", wall_seconds=90)
@@ -147,8 +150,8 @@ def test_tables_of_a_few_runs(tmp_path):
     cpu = tables["cpu"]
     assert "| Rotation | 60.0 (60.0 to 60.0) | 75.0 (70.0 to 80.0) | 30.0 (30.0 to 30.0) | " \
         "40.0 (40.0 to 40.0) | 2 | 100 | 1.0 | 1.5 |" in cpu
-    assert "| Rotation, best layer: layer1 | 50.0 (50.0 to 50.0) | 81.0 (81.0 to 81.0) |  |  |  |  " \
-        "|  |  |" in cpu
+    assert "| Rotation, best layer: layer1 | 50.0 (50.0 to 50.0) | 81.0 (81.0 to 81.0) | 10.0 (10.0 " \
+        "to 10.0) | 20.0 (20.0 to 20.0) |  |  |  |  |" in cpu
     assert "| SimSiam | 60.0 | 70.0 | 30.0 | 40.0 | 1 | 100 | 1.5 | 1.5 |" in cpu
     assert "| DINO |  |  |  |  |  |  |  |  |" in cpu
     assert "| raw pixels | 20.0 | 25.0 |  |  |  |  |  |  |" in cpu

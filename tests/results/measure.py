@@ -290,19 +290,24 @@ def accuracy(runs, name="trained"):
 
 
 def best_layer(runs):
-    """-> the stage whose mean probe is best, by the test set, and its two cells; or None."""
-    layers = [run["report"].get("layers") for run in runs]
-    if not layers or not all(layers):
+    """-> the stage that is best by held-out accuracy, and the cells of kNN and probe there, of the
+    trained and of the random network; None where the reports have no layers."""
+    layers = [[run["report"][name].get("layers") for run in runs] for name in ("trained", "random")]
+    if not runs or not all(layers[0]):
         return None
-    stage = max(layers[0], key=lambda s: statistics.mean(found[s]["probe"] for found in layers))
-    return stage, [span([found[stage].get(key) for found in layers]) for key in ("knn", "probe")]
+    stage = max(layers[0][0], key=lambda s: sum(max(found[s]["held_out"].values())
+                                                for found in layers[0]))
+    return stage, [span([found[stage].get(key) for found in own])
+                   for own in layers for key in ("knn", "probe")]
 
 
-def with_best_layer(method, runs, row):
+def with_best_layer(method, runs, row, random=True):
     """The row of a method, and one more with the best layer where its report has layers."""
-    best = best_layer(runs)
-    return [row] + ([[f"{METHODS[method]}, best layer: {best[0]}", *best[1],
-                      *[""] * (len(row) - 3)]] if best else [])
+    if not (best := best_layer(runs)):
+        return [row]
+    cells = best[1][: 4 if random else 2]
+    return [row, [f"{METHODS[method]}, best layer: {best[0]}", *cells,
+                  *[""] * (len(row) - 1 - len(cells))]]
 
 
 def cost(runs):
@@ -349,7 +354,7 @@ def gpu_table(runs, group="gpu"):
         published = (knn, its_minutes) if group == "gpu" else (long_knn, linear)
         rows += with_best_layer(method, own, [
             METHODS[method] + ", ViT-tiny" * vit, *accuracy(own),
-            *("" if value is None else f"{value}" for value in published), *cost(own)])
+            *("" if value is None else f"{value}" for value in published), *cost(own)], random=False)
     rows += [["ResNet-18 at random", *accuracy(first, "random"), *[""] * 5],
              ["raw pixels", *accuracy(first, "pixels"), *[""] * 5]]
     last = "its minutes" if group == "gpu" else "published linear"
