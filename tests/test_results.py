@@ -32,8 +32,8 @@ def write_run(results, name, probe=70.0, layers=None, finished=True, **record):
     """A log of two steps, and its run.json."""
     folder = results / name
     folder.mkdir(parents=True)
-    lines = [{"step": step, "loss": loss, "spread": 0.5, "images_per_s": 100, "seconds": 60.0}
-             for step, loss in ((1, 2.0), (2, 1.0))]
+    lines = [{"step": step, "epoch": step, "loss": loss, "spread": 0.5, "accuracy": step / 4,
+              "images_per_s": 100, "seconds": 60.0} for step, loss in ((1, 2.0), (2, 1.0))]
     final = REPORT | {"trained": {"knn": 60.0, "probe": probe}}
     if layers:
         final["trained"]["layers"] = layers
@@ -153,6 +153,8 @@ def test_tables_of_a_few_runs(tmp_path):
     assert "| Rotation, best layer: layer1 | 50.0 (50.0 to 50.0) | 81.0 (81.0 to 81.0) | 10.0 (10.0 " \
         "to 10.0) | 20.0 (20.0 to 20.0) |  |  |  |  |" in cpu
     assert "| SimSiam | 60.0 | 70.0 | 30.0 | 40.0 | 1 | 100 | 1.5 | 1.5 |" in cpu
+    assert tables["pretext"][2] == "| Rotation | built-in set | 50.0 (50.0 to 50.0) | layer1 | " \
+        "81.0 (81.0 to 81.0) | 20.0 (20.0 to 20.0) | 75.0 (70.0 to 80.0) | 40.0 (40.0 to 40.0) |"
     assert "| DINO |  |  |  |  |  |  |  |  |" in cpu
     assert "| raw pixels | 20.0 | 25.0 |  |  |  |  |  |  |" in cpu
     assert "| SimCLR | 60.0 | 70.0 | 84.8 | 87 | 100 | 1.0 | 1.5 |" in tables["gpu"]

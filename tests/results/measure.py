@@ -394,6 +394,25 @@ def architecture_table(runs):
     return table("network|rotation: kNN|probe|probe of the best layer|SimCLR: kNN|probe", rows)
 
 
+def pretext_table(runs):
+    """How well the pretext tasks are solved in the last epoch, and what the stages are worth."""
+    def solved(run):
+        lines = [line for line in run["lines"] if "loss" in line]
+        return statistics.mean(100 * line["accuracy"] for line in lines
+                               if line["epoch"] == lines[-1]["epoch"])
+
+    rows = []
+    for method in "rotation", "jigsaw":
+        for suffix, data in ("", "built-in set"), ("-cifar", "10,000 of CIFAR-10"):
+            own = seeds(runs, method + suffix)
+            stage, best = best_layer(own) or ("", [""] * 4)
+            last = [accuracy(own, name)[1] for name in ("trained", "random")]
+            rows.append([METHODS[method], data, span([solved(run) for run in own]), stage,
+                         best[1], best[3], *last])
+    return table("task|data|solved, %|best layer|probe there|at random|probe of the last|at random",
+                 rows)
+
+
 def summary_table(runs):
     """For the project's README: what a reader can repeat, and what a GPU adds."""
     groups = [lambda m: seeds(runs, m), lambda m: seeds(runs, f"{m}-cifar"),
@@ -441,7 +460,8 @@ def report_table(run):
 
 TABLES = {"cpu": cpu_table, "cpu-cifar": lambda runs: cpu_table(runs, "-cifar"), "gpu": gpu_table,
           "gpu-long": lambda runs: gpu_table(runs, "gpu-long"), "ablation": ablation_table,
-          "architecture": architecture_table, "summary": summary_table, "runs": runs_table}
+          "pretext": pretext_table, "architecture": architecture_table, "summary": summary_table,
+          "runs": runs_table}
 
 
 def read_runs(results):
