@@ -225,7 +225,8 @@ def test_first_line_is_near_chance(run, class_folders, method):
     output = run(method, *TINY, "-p", "1", "--lr", "0")[1]
     words = output[output.index("step 1/6"):].split()
     loss, chance = float(words[3]), float(words[5].strip("()"))
-    assert 0.3 * chance < loss < 3 * chance
+    low = 0.1 if method == "moco" else 0.3  # the queue is noise at first
+    assert low * chance - 0.1 < loss < 3 * chance + 0.1  # SimSiam's chance is 0
 
 
 def torchvision_resnet(arch, stem_of_32_pixels=False):
@@ -240,6 +241,8 @@ def torchvision_resnet(arch, stem_of_32_pixels=False):
 @every_method
 @pytest.mark.parametrize("image_size", [32, 72])
 def test_backbone_loads_into_torchvision(run, tmp_path, method, image_size):
+    if method == "mae":
+        pytest.skip("has ViTs only")
     write_images(tmp_path / "images", 8)
     flags = ["--image-size", str(image_size), "-a", "resnet18", "--epochs", "1"]
     assert run(method, *TINY, *flags)[0] == 0
@@ -431,14 +434,19 @@ def test_order_and_views_differ_between_epochs(run, class_folders, monkeypatch, 
 # ---- resumed with other flags
 
 
+def other_arch(method):
+    """Not that of the demonstration."""
+    return "vit_tiny" if method == "mae" else "resnet18"
+
+
 @every_method
 @pytest.mark.parametrize("flag, value", [
     ("--epochs", "3"), ("--batch-size", "6"), ("--lr", "0.7"), ("--weight-decay", "0.3"),
-    ("--seed", "5"), ("--image-size", "40"), ("--warmup-epochs", "1"), ("--arch", "resnet18"),
+    ("--seed", "5"), ("--image-size", "40"), ("--warmup-epochs", "2"), ("--arch", "other"),
     ("--max-images", "16"), ("--recipe", "cifar")])
 def test_resume_with_another_value_is_an_error(run, stopped, method, flag, value):
     stopped(method)
-    before = tree("run")
+    before, value = tree("run"), other_arch(method) if value == "other" else value
     assert_one_line(run(method, *TINY, "--out", "run", "--resume", flag, value), 1, flag, "run/")
     assert tree("run") == before
 
@@ -768,7 +776,7 @@ def test_init(run, undisturbed, method, file):
     flags = ["--out", "new", "--init", f"undisturbed/{file}", "--seed", "7"]
     assert run(method, *TINY, *flags, "--epochs", "0")[::2] == (0, "")
     assert same(state(Path("new"))["backbone"], expected)
-    assert_one_line(run(method, *TINY, "--init", flags[3], "-a", "resnet18"), 1, "--init")
+    assert_one_line(run(method, *TINY, "--init", flags[3], "-a", other_arch(method)), 1, "--init")
 
 
 @every_method
