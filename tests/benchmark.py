@@ -342,7 +342,7 @@ def files_and_set(folder, size, count):
     from common import find_sets
 
     images = find_sets(folder)[0]
-    images = images.subset(list(range(0, len(images), max(1, len(images) // count)))[:count])
+    images = images.subset(torch.arange(len(images)) % max(1, len(images) // count) == 0)
     images.decode(min(max(size * 8 // 7, 64), images.median_side()), 0, torch.device("cpu"))
     return images.source, images
 
@@ -553,7 +553,7 @@ def evaluation(args):
     backbone, _, size = load_backbone(args.checkpoint or "evaluated/backbone.pth")
     backbone = backbone.to(device, memory_format=torch.channels_last).eval()
     train, test = load_data(args.data, size, count, 2, device)
-    test = test.subset(list(range(0, len(test), max(1, 5 * len(test) // len(train)))))
+    test = test.subset(torch.arange(len(test)) % max(1, 5 * len(test) // len(train)) == 0)
     gemm, start = [gemm_rate()], time.perf_counter()
     found = labelled_features(backbone, train, test, size, device)
     encoded = time.perf_counter()
