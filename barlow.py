@@ -25,12 +25,12 @@ Run      python barlow.py                       demonstration: built-in images, 
          torchrun --nproc-per-node=8 barlow.py --data path
 Reuse    from barlow import BarlowTwins, barlow_loss, vicreg_loss         (needs torch only)
 
-Departures from the papers: crops of small images are bilinear (official: bicubic everywhere). The
-official gradient on W GPUs is 1/W of the true one, because the sum over GPUs in C has none: LARS
-takes this out of the steps of weights, not of biases, whose steps are W times longer here. VICReg's
-projector has biases in front of its two BN (official), where they have no effect; here it has none.
-Its loss is a mean over D, where that of Barlow Twins is a sum, and its official code has a single
-learning rate: hence --lr-biases 0.2.
+Departures from the papers: crops of small images are bilinear (official: bicubic everywhere). Blur
+is a true Gaussian (official: PIL's). The official gradient on W GPUs is 1/W of the true one,
+because the sum over GPUs in C has none: LARS takes this out of the steps of weights, not of biases,
+whose steps are W times longer here. VICReg's projector has biases in front of its two BN
+(official), where they have no effect; here it has none. Its loss is a mean over D, where that of
+Barlow Twins is a sum, and its official code has a single learning rate: hence --lr-biases 0.2.
 
 Measured in the demonstration, top-1 in percent (of the network at random):
 built-in set, kNN 48.1 (35.0), probe 73.2 (43.4); seeds: 2
@@ -285,7 +285,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--loss", choices=("barlow", "vicreg"), default="barlow", help="which of the two papers'")
     add("--lr-biases", type=number(float, 0),
-        help="peak learning rate of biases and BN, which --lr is not for, per 256 images "
+        help="peak learning rate of biases and BN, per 256 images; --lr is that of weights "
         "(papers: 0.0048; vicreg 0.2)")
     add("--off-diagonal-weight", type=number(float, 0), help="barlow: λ (paper: 0.0051)")
     add("--invariance-weight", type=number(float, 0), default=25.0, help="vicreg: λ")

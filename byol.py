@@ -24,9 +24,10 @@ Run      python byol.py                         demonstration: built-in images, 
 Reuse    from byol import BYOL, byol_loss, ema_update      (needs torch only)
 
 Departures from the paper: crops of small images are bilinear (official: bicubic everywhere);
-brightness is scaled (official: shifted); the target starts as a copy (official: from weights of its
-own, said to make no difference). The last BN of a residual block starts at 0 as in the official
-code, whose README says that the paper's results were obtained without that.
+brightness is scaled (official: shifted), contrast is by the mean gray (official: per channel),
+saturation without HSV; the target starts as a copy (official: from weights of its own, said to make
+no difference). The last BN of a residual block starts at 0 as in the official code, whose README
+says that the paper's results were obtained without that.
 
 Measured in the demonstration, top-1 in percent (of the network at random):
 built-in set, kNN 38.8 (35.0), probe 58.4 (43.4); seeds: 2
@@ -81,7 +82,7 @@ def byol_loss(p1, p2, z1, z2):
 
         ‖p̄1 - z̄2‖² + ‖p̄2 - z̄1‖²  =  4 - 2 cos(p1, z2) - 2 cos(p2, z1)        with v̄ = v / ‖v‖
 
-    z are constants: stop-gradient. Vectors at right angles give 4, which surveys leave out.
+    z are constants: stop-gradient. Vectors at right angles give 4, a constant that surveys drop.
     """
     p1, p2 = F.normalize(p1, dim=1), F.normalize(p2, dim=1)
     z1, z2 = F.normalize(z1.detach(), dim=1), F.normalize(z2.detach(), dim=1)

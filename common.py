@@ -111,7 +111,8 @@ def device_name(text):
 
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default else action.help
+        none = action.default is None or action.default is False
+        return action.help if none else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -164,7 +165,8 @@ class ArgumentParser(argparse.ArgumentParser):
         args = super().parse_args(argv)
         args.given = sorted(flag for flag, value in vars(given).items() if value is not None)
         processes = int(os.environ.get("WORLD_SIZE", 1))
-        if args.batch_size % processes or args.batch_size < 2 * processes:
+        resumed = args.resume and given.batch_size is None  # Run sees the saved one
+        if not resumed and (args.batch_size % processes or args.batch_size < 2 * processes):
             self.error(f"--batch-size {args.batch_size} gives {processes} processes no equal share "
                        "of at least 2 images")
         return args
@@ -177,9 +179,8 @@ def choose_recipe(data):
     """The recipe for --data, by the images' median side; that of torchvision's sets is known."""
     if data is None:
         return "demo"
-    small = data.lower() in SMALL_SETS
-    if Path(data).exists():
-        small = find_sets(data)[0].median_side() <= 64
+    small = (find_sets(data)[0].median_side() <= 64 if Path(data).exists()
+             else data.lower() in SMALL_SETS)
     return "cifar" if small else "imagenet"
 
 
@@ -287,7 +288,7 @@ def sync_batch_norm(model):
 # ------------------------------------------------------------------------------------------ data
 
 EXTENSIONS = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .avif .ppm .pgm".split())
-SMALL_SETS = "cifar10 cifar100 svhn mnist fashionmnist kmnist qmnist emnist usps eurosat".split()
+SMALL_SETS = "cifar10 cifar100 svhn mnist fashionmnist kmnist usps eurosat".split()
 
 
 def find_images(root):
@@ -534,11 +535,11 @@ def torchvision_sets(name):
     for choice in choices:
         try:
             dataset = make(**fixed, **choice)
-        except Exception as error:  # no network, a wrong checksum, a set that wants more flags
+            found = [a for a in ("targets", "labels", "_labels") if hasattr(dataset, a)]
+            labels = getattr(dataset, found[0]) if found else [label for _, label in dataset]
+            labels = np.asarray(labels, dtype=np.int64).reshape(len(dataset))
+        except Exception as error:  # no network, a wrong checksum, more flags or other labels
             raise Failure(f"torchvision cannot load {name}: {error}")
-        found = [a for a in ("targets", "labels", "_labels") if hasattr(dataset, a)]
-        labels = getattr(dataset, found[0]) if found else [label for _, label in dataset]
-        labels = np.asarray(labels)
         classes = getattr(dataset, "classes", None) or np.unique(labels[labels >= 0])
         sets.append(ImageSet([(dataset, i) for i in range(len(dataset))],
                              [f"{name}/{choice}/{i}" for i in range(len(dataset))],
@@ -565,8 +566,6 @@ def load_data(data, image_size, max_images=None, workers=0, device=torch.device(
         if images is test and images.unreadable:
             raise Failure("an evaluation image is unreadable, repair or remove it: "
                           + next(iter(images.unreadable.values())))
-        if len(images.unreadable) == len(images):
-            raise Failure(f"none of the images below {data} can be read")
         images.warn_of_unreadable()
     return train, test
 
@@ -907,9 +906,10 @@ def eval_view(images, aspect, size):
 
 # ------------------------------------------------------------------------------------- backbones
 
-DEPTHS = {"resnet8": (BasicBlock, (1, 1, 1)), "resnet18": (BasicBlock, (2, 2, 2, 2)),
-          "resnet34": (BasicBlock, (3, 4, 6, 3)), "resnet50": (Bottleneck, (3, 4, 6, 3)),
-          "resnet101": (Bottleneck, (3, 4, 23, 3)), "resnet152": (Bottleneck, (3, 8, 36, 3))}
+DEPTHS = {"resnet8": (BasicBlock, (1, 1, 1)), "resnet20": (BasicBlock, (3, 3, 3)),
+          "resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3)),
+          "resnet50": (Bottleneck, (3, 4, 6, 3)), "resnet101": (Bottleneck, (3, 4, 23, 3)),
+          "resnet152": (Bottleneck, (3, 8, 36, 3))}
 STEMS = {"imagenet": (7, 2), "cifar": (3, 1), "tiny": (3, 2)}  # kernel and stride of conv1
 VGGS = {"vgg11_bn": "A", "vgg13_bn": "B", "vgg16_bn": "D", "vgg19_bn": "E"}  # the paper's names
 ARCHS = ", ".join([*DEPTHS, *VGGS])
@@ -983,7 +983,7 @@ def make_backbone(arch, image_size, zero_init_residual=False):
     width = float(width or 1)
     if name in VGGS:
         return VGG([v if v == "M" else round(v * width) for v in vgg.cfgs[VGGS[name]]])
-    if name == "resnet8":  # zero_init_residual made this network learn less in the demonstration
+    if len(DEPTHS[name][1]) == 3:  # for a CPU; zero_init_residual made resnet8 learn less there
         return ResNet(*DEPTHS[name], 0.5 * width, "tiny")
     stem = "cifar" if image_size <= 64 else "imagenet"
     return ResNet(*DEPTHS[name], width, stem, zero_init_residual)
@@ -1054,15 +1054,17 @@ class Run:
     def __init__(self, method, args):
         self.method, self.args, self.step, self.saved, self.report = method, args, 0, None, None
         self.device = start_processes(args.device)
-        torch.backends.cudnn.benchmark = not args.deterministic
-        if args.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
         self.folder = run_folders(method)[0] if args.resume else None
         if args.out:
             self.folder = Path(args.out)
         if self.folder:
             self._open_folder()
+        if args.batch_size % world_size() or args.batch_size < 2 * world_size():
+            raise Failure(f"{world_size()} processes cannot share a batch of {args.batch_size}")
+        torch.backends.cudnn.benchmark = not args.deterministic
+        if args.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
         self.train_set, self.test_set = load_data(args.data, args.image_size, args.max_images,
                                                   args.workers, self.device)
         images, share = len(self.train_set), 2 * world_size()
@@ -1107,8 +1109,6 @@ class Run:
                               f"{new}; use another --out")
             if not given and key not in ("out", "resume", "device", "workers"):
                 setattr(args, key, old)
-        if args.batch_size % world_size():
-            raise Failure(f"{world_size()} processes cannot share a batch of {args.batch_size}")
 
     def say(self, line):
         if rank() == 0:
@@ -1117,7 +1117,7 @@ class Run:
     def init(self, backbone):
         """-> the backbone, with the weights of --init; keeps a copy without, for the report."""
         self.initial = copy.deepcopy(backbone)
-        if self.args.init:
+        if self.args.init and not self.saved:
             from linear_probe import read_backbone
 
             try:
@@ -1228,6 +1228,7 @@ class Run:
                 if stop or epoch_ends or time.monotonic() - self.saved_at > 600:
                     self.train_set.warn_of_unreadable()
                     self.save()
+                    stop = stop or world_size() == 1 and self._stops()  # it came while saving
                 if stop:
                     self.train_set.loader = None
                     self._exit()

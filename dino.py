@@ -20,7 +20,7 @@ Reuse    from dino import DINO, ViT, dino_loss          (needs torch only)
 
 On the log line, entropy (the teacher's) should stay between 0 and ln K, printed as chance, and kl
 leave 0. The ViT has timm's names and shapes, as have the official checkpoints; with one,
-attention.png shows what its class token attends to. The official ResNet-50 has --optimizer sgd
+attention.png shows what its class token sees. Official ResNet-50: --arch resnet50 --optimizer sgd
 --lr 0.03 --weight-decay 1e-4 --weight-decay-end 1e-4 --crop-scale 0.14 --teacher-temperature 0.04.
 
 Departures from the paper: none in the loss. From the official code: the teacher's temperature
@@ -37,6 +37,7 @@ built-in set, kNN 33.1 (35.0), probe 57.1 (43.4); seeds: 2
 import argparse
 import copy
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -75,16 +76,6 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    def __init__(self, dim, hidden_dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Attention and MLP, each a residual branch that begins with LayerNorm.
 
@@ -97,7 +88,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, 4 * dim)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(dim, 4 * dim), gelu=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
         self.drop_path = drop_path
 
     def drop(self, branch):
@@ -121,7 +113,8 @@ class ViT(nn.Module):
 
     def __init__(self, image_size, patch_size, dim, depth, num_heads, drop_path=0.0):
         super().__init__()
-        self.feature_dim, self.grid_size = dim, image_size // patch_size
+        self.feature_dim, self.patch_size = dim, patch_size
+        self.grid_size = image_size // patch_size
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid_size ** 2, dim))
@@ -133,8 +126,7 @@ class ViT(nn.Module):
         self.apply(init_linear)
 
     def positions(self, height, width):
-        """(1, 1 + height · width, C): the embeddings of another grid of patches, by bicubic
-        interpolation."""
+        """(1, 1 + height · width, C): those of another grid of patches, interpolated (bicubic)."""
         if height == width == self.grid_size:
             return self.pos_embed
         grid = self.pos_embed[0, 1:].unflatten(0, (self.grid_size, self.grid_size))
@@ -148,10 +140,9 @@ class ViT(nn.Module):
 
     def embed(self, images):
         """(B, 3, H, W) -> (B, 1 + N, C): class token and patches, with positions."""
-        size = self.patch_embed.proj.stride[0]
         tokens = self.patch_embed(images)
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1)
-        return tokens + self.positions(images.shape[2] // size, images.shape[3] // size)
+        return tokens + self.positions(*(side // self.patch_size for side in images.shape[2:]))
 
     def forward(self, images):
         return self.norm(self.blocks(self.embed(images)))[:, 0]
@@ -160,11 +151,10 @@ class ViT(nn.Module):
     def class_attention(self, images):
         """What the class token looks at in the last block: (B, heads, H / patch, W / patch), each
         map with the class token's share of 1 missing."""
-        size = self.patch_embed.proj.stride[0]
         last = self.blocks[-1]
         query, key, _ = last.attn.heads(last.norm1(self.blocks[:-1](self.embed(images))))
         scores = query[:, :, :1] @ key.transpose(2, 3) / query.shape[3] ** 0.5
-        return scores.softmax(3)[:, :, 0, 1:].unflatten(2, (images.shape[2] // size, -1))
+        return scores.softmax(3)[:, :, 0, 1:].unflatten(2, (images.shape[2] // self.patch_size, -1))
 
 
 def init_linear(module):
@@ -180,9 +170,8 @@ class Head(nn.Module):
     def __init__(self, feature_dim, out_dim, hidden_dim, bottleneck_dim, bn):
         super().__init__()
         layers = []
-        for into in feature_dim, hidden_dim:
-            layers += [nn.Linear(into, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.GELU()]
-        layers = [layer for layer in layers if bn or not isinstance(layer, nn.BatchNorm1d)]
+        for in_dim in feature_dim, hidden_dim:
+            layers += [nn.Linear(in_dim, hidden_dim), *[nn.BatchNorm1d(hidden_dim)] * bn, nn.GELU()]
         self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
         self.mlp.apply(init_linear)
         self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
@@ -218,8 +207,7 @@ class DINO(nn.Module):
         student = self.student["head"](features)
         with torch.no_grad():
             teacher = self.teacher["head"](self.teacher["backbone"](sizes[0]))
-        batch = len(global_views[0])
-        return student.unflatten(0, (-1, batch)), teacher.unflatten(0, (2, batch))
+        return student.unflatten(0, (-1, len(global_views[0]))), teacher.unflatten(0, (2, -1))
 
 
 # ----------------------------------------------------------------------------------------- loss
@@ -229,8 +217,8 @@ def dino_loss(student, teacher, center, student_temperature, teacher_temperature
     """Equation 3 of the paper, as a mean over its 2(V - 1) terms and the batch: (V, B, K),
     (2, B, K), (K,) -> scalar. Views 0 and 1 are the global ones, in both.
 
-        Σ_{t ∈ {0, 1}} Σ_{v ≠ t} H(P_t, P_v),  H(a, b) = -Σ_k a_k log b_k
-        P_t = softmax((teacher_t - c) / τ_t), no gradient;  P_v = softmax(student_v / τ_s)
+        Σ_{x ∈ {0, 1}} Σ_{v ≠ x} H(P_t(x), P_s(v)),  H(a, b) = -Σ_k a_k log b_k
+        P_t(x) = softmax((teacher_x - c) / τ_t), no gradient;  P_s(v) = softmax(student_v / τ_s)
 
     Guessing gives ln K.
     """
@@ -326,8 +314,7 @@ def save_attention(run, backbone, image_size):
     """attention.png: some images, and what each head of the last block attends to in them."""
     from common import denormalize, eval_view
 
-    images, aspect = run.sample()
-    views = eval_view(images, aspect, image_size)
+    views = eval_view(*run.sample(), image_size)
     maps = backbone.class_attention(views)
     maps = maps / maps.amax((2, 3), keepdim=True)
     heads = [maps[:, [head] * 3] for head in range(maps.shape[1])]  # three equal channels: gray
@@ -339,11 +326,8 @@ def train(args):
     from common import Run, all_sum, make_backbone, world_size
 
     run = Run("dino", args)
-    if args.arch in VITS:
-        backbone = ViT(args.image_size, args.patch_size, *VITS[args.arch], args.drop_path)
-    else:
-        backbone = make_backbone(args.arch, args.image_size)
-    backbone = run.init(backbone)
+    backbone = run.init(ViT(args.image_size, args.patch_size, *VITS[args.arch], args.drop_path)
+                        if args.arch in VITS else make_backbone(args.arch, args.image_size))
     model = DINO(backbone, backbone.feature_dim, args.out_dim, args.hidden_dim,
                  head_bn=args.head_bn)
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
@@ -390,12 +374,11 @@ def train(args):
 VITS = {"vit_micro": (128, 4, 2), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6),
         "vit_base": (768, 12, 12)}  # dim, depth, num_heads; micro is ours, for a CPU
 
-# Sources: imagenet: section 3.2 of the paper and the defaults of facebookresearch/dino (batch: 1024
-# and 512; teacher temperature: to 0.07 over 30 epochs, and 0.04 throughout, which its 100-epoch
-# figures are for). cifar: K and the head's BN as in lightly's CIFAR-10 benchmark, the rest
-# the paper's, on a ResNet-18; not run yet. demo: no local views, few classes, sharper
-# distributions, and a teacher and a center that follow within steps: of some 20 settings, the best
-# on the built-in set, and still a weak one.
+# Sources: imagenet: section 3.2 of the paper, at the batch of facebookresearch/dino (paper: 1024),
+# whose default, and 100-epoch figures, have teacher temperature 0.04 throughout. cifar: K and the
+# head's BN of lightly's CIFAR-10 benchmark, the rest the paper's for ViTs, on a ResNet-18; not run
+# yet. demo: no local views, few classes, sharper distributions, a teacher and a center that follow
+# within steps: the best of the settings tried on the built-in set, and still a weak one.
 RECIPES = {
     "recipe":                    ("demo",      "cifar",     "imagenet"),
     "arch":                      ("resnet8",   "resnet18",  "vit_small"),
@@ -437,10 +420,10 @@ def parse_args(argv=None):
 
     parser = ArgumentParser(__doc__, RECIPES, arch, f"; {', '.join(VITS)}")
     add = parser.add_argument
-    add("--patch-size", type=number(int, 1), help="side of a ViT's patches in pixels")
+    add("--patch-size", type=number(int, 1), help="ViT: side of a patch in pixels (paper: 16 or 8)")
     add("--optimizer", choices=("adamw", "sgd"), help="the paper: AdamW for ViT, SGD for ResNet")
-    add("--weight-decay-end", type=number(float, 0), help="weight decay at the end (cosine)")
-    add("--drop-path", type=number(float, 0, 0.9), help="stochastic depth of the student's ViT")
+    add("--weight-decay-end", type=number(float, 0), help="decay at the end, cosine (paper: 0.4)")
+    add("--drop-path", type=number(float, 0, 0.9), help="stochastic depth of the student (0.1)")
     add("--local-views", type=number(int, 0), help="small crops of each image (paper: 8)")
     add("--local-size", type=number(int, 8), help="side of a local view in pixels (paper: 96)")
     add("--crop-scale", type=number(float, 0, 1, above=True), help="area of the smallest global "
@@ -449,27 +432,25 @@ def parse_args(argv=None):
         help="area of the smallest local crop (paper: 0.05)")
     add("--blur", type=number(float, 0, 1), help="share of the paper's fractions of blurred views: "
         "all first global, a tenth of the second, half of the local ones")
-    add("--solarize2", type=number(float, 0, 1), help="fraction of second global views that are "
-        "solarised (paper: 0.2)")
+    add("--solarize2", type=number(float, 0, 1), help="fraction of global views 2 solarised (0.2)")
     add("--out-dim", type=number(int, 2), help="classes, K (paper: 65536)")
     add("--hidden-dim", type=number(int, 1), help="width of the head (paper: 2048)")
     add("--head-bn", action=argparse.BooleanOptionalAction, help="BN in the head (paper: none)")
     add("--student-temperature", type=number(float, 0, above=True), help="paper: 0.1")
     add("--teacher-temperature", type=number(float, 0, above=True), help="paper: 0.07")
     add("--teacher-temperature-start", type=number(float, 0, above=True), help="paper: 0.04")
-    add("--temperature-warmup-epochs", type=number(float, 0), help="from that to this (paper: 30)")
+    add("--temperature-warmup-epochs", type=number(float, 0),
+        help="epochs from --teacher-temperature-start to --teacher-temperature (paper: 30)")
     add("--ema-momentum", type=number(float, 0, 1), help="weight of the old teacher at the start; "
         "1 at the end (paper: 0.996; its authors advise 0.9995 for batches of 256)")
     add("--center-momentum", type=number(float, 0, 1), help="weight of the old center (paper: 0.9)")
-    add("--clip-norm", type=number(float, 0, above=True), help="largest gradient of a parameter")
-    add("--freeze-epochs", type=number(float, 0), help="epochs without training of the last layer")
+    add("--clip-norm", type=number(float, 0, above=True), help="largest gradient per parameter (3)")
+    add("--freeze-epochs", type=number(float, 0), help="epochs with a frozen last layer (paper: 1)")
     args = parser.parse_args(argv)
     if args.arch in VITS and any(s % args.patch_size for s in (args.image_size, args.local_size)):
-        parser.error(f"--image-size {args.image_size} and --local-size {args.local_size} must be "
-                     f"multiples of --patch-size {args.patch_size}")
+        parser.error(f"--image-size and --local-size must be multiples of {args.patch_size}")
     if args.local_crop_scale > args.crop_scale:
-        parser.error(f"--local-crop-scale {args.local_crop_scale} is above --crop-scale "
-                     f"{args.crop_scale}")
+        parser.error(f"--local-crop-scale {args.local_crop_scale} is above --crop-scale")
     return args
 
 

@@ -199,6 +199,11 @@ def stepwise(step, total_steps, warmup_steps, start, drops, factor):
     return start * factor**passed * min((step + 1) / max(warmup_steps, 1), 1)
 
 
+def make_optimizer(model, weight_decay):
+    """Biases and BN are decayed like the rest."""
+    return torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=weight_decay)
+
+
 def train(args):
     """Puzzles of a batch of images, once per step."""
     from common import Run, denormalize, make_backbone, uniform
@@ -212,8 +217,7 @@ def train(args):
     if args.task == "relative":
         orders = relative_pairs()
     model = Jigsaw(backbone, backbone.feature_dim, orders, args.tile_dim, args.hidden_dim)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9,
-                                weight_decay=args.weight_decay)
+    optimizer = make_optimizer(model, args.weight_decay)
     augment = make_augment(args.image_size, args.crop_scale, args.gray, args.invert)
     network = run.start(model, optimizer, backbone)
     chance = math.log(len(orders))

@@ -68,9 +68,9 @@ class Stages(nn.Module):
     """The features after each stage of a backbone, side by side: (B, 3, H, W) -> (B, all of them).
 
     A map is averaged over a grid that leaves about `features` numbers (True: as many as the
-    backbone has at its end), because more features alone raise an accuracy. ViT: mean of the patches and
-    class token after each block and the last LayerNorm, and the last four class tokens together
-    (DINO's probe of ViT-S). `columns`: {name: those of its features}.
+    backbone has at its end), because more features alone raise an accuracy. ViT: mean of the
+    patches and class token after each block and the last LayerNorm, and the last four class tokens
+    together (DINO's probe of ViT-S). `columns`: {name: those of its features}.
     """
 
     def __init__(self, backbone, features=True):
@@ -426,8 +426,11 @@ def read_backbone(path):
                if name.startswith(prefix) and re.fullmatch(own, name.removeprefix(prefix))}
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise Failure(f"{path} holds weights that are not finite: its training has diverged")
-    args = {"num_heads": 12} if "base_encoder" in prefix else {}  # MoCo v3's ViTs
-    return weights, checkpoint["args"] if isinstance(checkpoint.get("args"), dict) else args
+    args = checkpoint["args"] if isinstance(checkpoint.get("args"), dict) else {}
+    ours = checkpoint.get("method") == "moco" and args.get("arch") == "vit_small"
+    if "base_encoder" in prefix or ours:  # MoCo v3's ViTs
+        args = args | {"num_heads": 12}
+    return weights, args
 
 
 def build(weights, args):
@@ -443,7 +446,7 @@ def build(weights, args):
         block = Bottleneck if "layer1.0.conv3.weight" in weights else BasicBlock
         layers = tuple(count(rf"layer{i}\.(\d+)\.") for i in range(1, 1 + count(r"layer(\d)\.")))
         channels, _, kernel, _ = weights["conv1.weight"].shape
-        # the stride of a 3×3 stem leaves no trace; three stages are our resnet8, of stride 2
+        # the stride of a 3×3 stem leaves no trace; three stages are our resnet8 or 20, of stride 2
         stem = "imagenet" if kernel == 7 else "tiny" if len(layers) == 3 else "cifar"
         return ResNet(block, layers, channels / 64, stem), 224 if kernel == 7 else 32
     if "features.0.weight" in weights:

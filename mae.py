@@ -4,10 +4,10 @@ He et al., "Masked Autoencoders Are Scalable Vision Learners" (2021, arXiv 2111.
 simmim: Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling" (2021, arXiv 2111.09886).
 Survey family: generative, masked image modelling. What prevents collapse: the target is the image.
 
-The encoder, a ViT, sees a quarter of an image's patches, other ones in each image, and nothing of
-the rest, so that a large one is cheap. A light decoder gets its tokens, each in its place, and the
-same mask token in all empty places, and predicts the removed pixels: with so little left, from what
-is in the picture and not by continuing lines. Kept is the ViT, for which the class token speaks.
+The encoder, a ViT, sees a quarter of an image's patches, drawn anew for each image, and nothing of
+the rest, so that a large encoder is cheap. A light decoder gets its tokens, each in its place, and
+the same mask token in all empty places, and predicts the removed pixels: with so little left, from
+what is in the picture and not by continuing lines. Kept: the ViT, with its class token as features.
 
                   ┌─ a quarter ── encoder ── tokens ─┐
         patches ──┤                                  ├─ decoder ─ prediction ─┐
@@ -22,7 +22,7 @@ Reuse    from mae import MAE, ViT, mae_loss             (needs torch only)
 The official checkpoints load: into ViT, and with "backbone." before the encoder's keys into MAE.
 Departures from the paper: crops of small images are bilinear (official: bicubic everywhere). SimMIM
 removes single patches (paper: squares of 32 pixels), in this ViT (paper: relative positions), on
-MAE's crops (official: --crop-scale 0.67).
+MAE's crops and with its mask ratio (official: --crop-scale 0.67 --mask-ratio 0.6).
 
 Measured in the demonstration, top-1 in percent (of the network at random):
 built-in set, kNN 20.0 (17.5), probe 72.6 (73.3); seeds: 2
@@ -31,6 +31,7 @@ built-in set, kNN 20.0 (17.5), probe 72.6 (73.3); seeds: 2
 
 import argparse
 import math
+from collections import OrderedDict
 from functools import partial
 
 import torch
@@ -70,16 +71,6 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    def __init__(self, dim, hidden_dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Attention and MLP, each a residual branch that begins with LayerNorm.
 
@@ -92,7 +83,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, 4 * dim)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(dim, 4 * dim), gelu=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
         self.drop_path = drop_path
 
     def drop(self, branch):
@@ -110,9 +102,8 @@ def positions(dim, grid):
     """Sines and cosines of the places of grid² patches, row by row, after zeros for the class
     token: (1, 1 + grid², dim).
 
-    A quarter of the dimensions each: sin xω, cos xω, sin yω, cos yω, with ω from 1 down to almost
-    1 / 10000. x, the column, is first, as in the official code of MAE; in that of MoCo v3,
-    torch.meshgrid makes the row first: another order of dimensions.
+    A quarter of the dimensions each: sin xω, cos xω, sin yω, cos yω, ω from 1 to almost 1 / 10000.
+    x, the column, comes first, as in MAE's official code; in MoCo v3's, by torch.meshgrid, the row.
     """
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega
@@ -319,8 +310,7 @@ def save_reconstruction(run, model, norm_pix):
     """reconstruction.png: some images with patches removed, reconstructed, and as they are."""
     from common import denormalize, eval_view
 
-    images, aspect = run.sample()
-    view, patch_size = eval_view(images, aspect, run.args.image_size), model.backbone.patch_size
+    view, patch_size = eval_view(*run.sample(), run.args.image_size), model.backbone.patch_size
     noise = torch.rand(patchify(view, patch_size).shape[:2],
                        generator=torch.Generator().manual_seed(0)).to(run.device)
     with torch.no_grad(), run.autocast():
@@ -370,9 +360,9 @@ def train(args):
 VITS = {"vit_micro": (128, 4, 2), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6),
         "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (1280, 32, 16)}
 
-# Sources: imagenet: the paper and facebookresearch/mae (batch there: 4096). cifar: widths and depths
-# as IcarusWizard/MAE (there: patch 2, 3 heads in the decoder, learned positions); its epochs, batch and rate are ours and were not measured.
-# demo: ours, by the loss on removed patches.
+# Sources: imagenet: the paper and facebookresearch/mae (batch there: 4096). cifar: widths and
+# depths of IcarusWizard/MAE (there: patch 2, 3 heads in the decoder, learned positions); epochs,
+# batch and rate are ours and were not measured. demo: ours, chosen by the loss on removed patches.
 RECIPES = {
     "recipe":          ("demo",      "cifar",    "imagenet"),
     "arch":            ("vit_micro", "vit_tiny", "vit_base"),
@@ -396,14 +386,14 @@ def parse_args(argv=None):
 
     parser = ArgumentParser(__doc__, RECIPES, str, f"; for this script only {', '.join(VITS)}")
     add = parser.add_argument
-    add("--patch-size", type=number(int, 1), help="side of a patch in pixels (huge: 14)")
+    add("--patch-size", type=number(int, 1), help="side of a patch in pixels (paper: 16; huge: 14)")
     add("--objective", choices=("mae", "simmim"), default="mae",
         help="simmim: mask tokens in the encoder, a linear decoder, absolute error of plain pixels")
-    add("--mask-ratio", type=number(float, 0, 1), help="fraction of patches removed (SimMIM: 0.6)")
+    add("--mask-ratio", type=number(float, 0, 1), help="patches removed (MAE: 0.75, SimMIM: 0.6)")
     add("--norm-pix", action=argparse.BooleanOptionalAction,
         help="normalise the pixels to be predicted, in each patch")
-    add("--decoder-dim", type=number(int, 32), help="width of the decoder, 32 per attention head")
-    add("--decoder-depth", type=number(int, 0), help="blocks of the decoder")
+    add("--decoder-dim", type=number(int, 32), help="decoder's width, 32 per head (paper: 512)")
+    add("--decoder-depth", type=number(int, 0), help="blocks of the decoder (paper: 8)")
     add("--crop-scale", type=number(float, 0, 1, above=True),
         help="area of the smallest crop, as a fraction of the image (paper: 0.2)")
     args = parser.parse_args(argv)

@@ -23,14 +23,14 @@ Run      python moco.py                         demonstration (v2): built-in ima
          torchrun --nproc-per-node=8 moco.py --data path
 Reuse    from moco import MoCo, moco_loss, moco_v3_loss         (needs torch only)
 
-Shuffled BN: a key that was normalised together with its query's neighbours would betray itself by
-the statistics. Keys are shuffled between the BN groups (the paper: between GPUs).
-Official CIFAR-10 notebook: worth about 4 points of kNN after 800 epochs. The demonstration
-without it is in tests/results/README.md (`moco-one-bn-group`).
+Shuffled BN: a key normalised together with its query's neighbours would betray itself by the
+statistics. Keys are shuffled between the BN groups (paper: GPUs), worth about 4 points of kNN after
+800 epochs (official CIFAR-10 notebook); without it: `moco-one-bn-group` in tests/results/README.md.
 
 Departures from the papers: the rate falls on a cosine per step (v1: to a tenth at epochs 120 and
 160 of 200; v2: per epoch). BN groups are parts of the total batch, whatever the number of GPUs, and
-their running statistics are averaged (official: the first GPU's). Any batch fits the queue.
+their running statistics are averaged (official: the first GPU's). Any batch fits the queue. Blur is
+a true Gaussian (official: PIL's).
 
 Measured in the demonstration, top-1 in percent (of the network at random):
 built-in set, kNN 48.8 (35.0), probe 72.3 (43.4); seeds: 2
@@ -53,10 +53,10 @@ class MoCo(nn.Module):
     """Online network, its moving average, and the queue of keys.
 
     backbone: (B, 3, H, W) -> (B, feature_dim). The projector of v1 has one layer, of v2 two.
-    v1, v2: queue_size, a fraction of the set; bn_groups, the parts of a batch that BN normalises by
-    themselves, useful only if the rows of view2 are shuffled (see `train`). v3: hidden_dim, the
-    width of projector and predictor; vit, whether they are those of the ViT: then the projector
-    has a third layer, and the predictor ends in BN.
+    v1, v2: queue_size, in keys; bn_groups, the parts of a batch that BN normalises by themselves,
+    useful only if the rows of view2 are shuffled (see `train`). v3: hidden_dim, the width of
+    projector and predictor; vit, whether they are those of the ViT: then the projector has a third
+    layer, and the predictor ends in BN.
     """
 
     def __init__(self, backbone, feature_dim, version=2, proj_dim=128, queue_size=65536,
@@ -143,9 +143,8 @@ def positions(dim, grid):
     """Sines and cosines of the places of grid² patches, row by row, after zeros for the class
     token: (1, 1 + grid², dim).
 
-    A quarter of the dimensions each: sin xω, cos xω, sin yω, cos yω, with ω from 1 down to almost
-    1 / 10000. x, the column, is first, as in the official code of MAE; in that of MoCo v3,
-    torch.meshgrid makes the row first: another order of dimensions.
+    A quarter of the dimensions each: sin xω, cos xω, sin yω, cos yω, ω from 1 to almost 1 / 10000.
+    x, the column, comes first, as in MAE's official code; in MoCo v3's, by torch.meshgrid, the row.
     """
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega
@@ -160,7 +159,7 @@ VITS = {"vit_micro": (128, 4, 2), "vit_small": (384, 12, 12),
 
 def make_vit(arch, image_size):
     """The ViT of dino.py with fixed positions and a patch embedding that stays random, v3's remedy
-    for unstable training. From the authors' code: Xavier's bounds, for q, k and v each."""
+    for unstable training. From the official code: Xavier's bounds, for q, k and v each."""
     from dino import ViT
 
     patch_size = 16 if image_size > 64 else 4
@@ -172,8 +171,7 @@ def make_vit(arch, image_size):
             nn.init.uniform_(module.weight, -bound, bound)
             nn.init.zeros_(module.bias)
     nn.init.normal_(vit.cls_token, std=1e-6)
-    vit.pos_embed.data = positions(vit.feature_dim, image_size // patch_size)
-    vit.pos_embed.requires_grad_(False)
+    vit.pos_embed = nn.Parameter(positions(vit.feature_dim, image_size // patch_size), False)
     vit.patch_embed.requires_grad_(False)
     return vit
 
@@ -293,7 +291,7 @@ def make_optimizer(name, model, weight_decay):
         groups = [{"params": weights}, {"params": others, "weight_decay": 0.0, "adapt": False}]
         return LARS(groups, lr=0.0, weight_decay=weight_decay)
     if name == "adamw":
-        return torch.optim.AdamW(params, lr=0.0, weight_decay=weight_decay, fused=True)
+        return torch.optim.AdamW(params, lr=0.0, weight_decay=weight_decay)
     return torch.optim.SGD(params, lr=0.0, momentum=0.9, weight_decay=weight_decay)
 
 
@@ -303,21 +301,20 @@ def train(args):
 
     run = Run("moco", args)
     v3, vit = args.version == 3, args.arch in VITS
-    if not v3 and args.bn_groups % world_size():  # a resumed run's, which parse_args has not seen
+    if not v3 and args.bn_groups % world_size():  # a resumed run's
         raise Failure(f"{world_size()} processes cannot share --bn-groups {args.bn_groups}")
     backbone = run.init(make_vit(args.arch, args.image_size) if vit else
                         make_backbone(args.arch, args.image_size, zero_init_residual=v3))
     model = MoCo(backbone, backbone.feature_dim, args.version, args.proj_dim, args.queue_size,
                  args.bn_groups // world_size(), args.hidden_dim, vit)
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
-    crop = args.version, args.image_size, args.crop_scale
-    augment1 = make_augment(*crop, args.blur1, 0.0)
-    augment2 = make_augment(*crop, args.blur2, args.solarize2)
+    shared = args.version, args.image_size, args.crop_scale
+    augment1 = make_augment(*shared, args.blur1, 0.0)
+    augment2 = make_augment(*shared, args.blur2, args.solarize2)
     network = run.start(model, optimizer, backbone, sync_bn=v3)
     run.save_views(augment1, augment2)
-    chance = math.log(1 + args.queue_size)
-    if v3:
-        chance = 2 * 2 * args.temperature * math.log(args.batch_size)
+    chance = (2 * 2 * args.temperature * math.log(args.batch_size) if v3 else
+              math.log(1 + args.queue_size))
 
     for step, images, aspect in run.steps():
         lr = cosine(step, run.total_steps, run.warmup_steps, run.peak_lr)
@@ -352,10 +349,11 @@ def train(args):
 
 
 # Sources: imagenet: the papers and facebookresearch/moco and moco-v3 (v3: 100 epochs, batch 4096
-# there, and EMA 0.99, here of as many images: see byol.py). cifar: v1, v2: the CIFAR-10 notebook of
-# the former, whose head is v1's and whose jitter is v2's; v3: heads, temperature and average of
-# solo-learn, SGD with its rate and decay of lightly's BYOL. demo: v2's measured on the built-in
-# set; the keys of a longer queue would, in so short a run, be told from new ones by their age.
+# there, with vit_small 1024, and EMA 0.99, here of as many images: see byol.py). cifar: v1, v2: the
+# CIFAR-10 notebook of the former, whose head is v1's and whose jitter is v2's; v3: heads,
+# temperature and average of solo-learn, SGD with its rate and decay of lightly's BYOL. demo: v2's
+# measured on the built-in set; the keys of a longer queue would, in so short a run, be told from
+# new ones by their age.
 RECIPES = {
     "recipe":        ("demo",    "cifar",    "imagenet"),
     "arch":          ("resnet8", "resnet18", "resnet50"),
@@ -437,7 +435,8 @@ def parse_args(argv=None):
     add("--blur2", type=number(float, 0, 1), help="fraction of views 2 (v2: 0.5, v3: 0.1)")
     add("--solarize2", type=number(float, 0, 1), help="v3: fraction of views 2 solarised (0.2)")
     args = parser.parse_args(argv)
-    if args.version < 3 and args.bn_groups % int(os.environ.get("WORLD_SIZE", 1)):
+    unequal = args.bn_groups % int(os.environ.get("WORLD_SIZE", 1))
+    if args.version < 3 and unequal and not args.resume:  # `train` sees a resumed run's
         parser.error(f"--bn-groups {args.bn_groups} is not a multiple of the number of processes")
     return args
 

@@ -204,7 +204,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--lr-drops", type=number(float, 0, 1), nargs="*", metavar="PART",
         help="parts of the training after which the rate falls (paper: 0.3 0.6 0.8, CIFAR)")
-    add("--lr-factor", type=number(float, 0, 1), help="by which it is then multiplied")
+    add("--lr-factor", type=number(float, 0, 1),
+        help="by which it is then multiplied (paper: 0.2, CIFAR)")
     add("--crop", choices=("shift", "resized"),
         help="shift: by up to 4 pixels (paper: CIFAR); resized: of random size (paper: ImageNet)")
     add("--invert", type=number(float, 0, 1), help="fraction of views made negatives, against the "

@@ -198,7 +198,7 @@ def train(args):
 
 # Sources: imagenet: the paper and google-research/simclr, at a batch that 80 GB hold (there: 4096):
 # hence the rate of its rule for small batches, 0.075 √B. Its decay is 1e-4, in the paper 1e-6.
-# cifar: augmentation and head of the same repository's README; SGD, its rate and decay (there of
+# cifar: augmentation of the same repository's README, v1's head; SGD, its rate and decay (there of
 # biases and BN too), temperature and batch of lightly's CIFAR-10 benchmark. demo: cifar's where no
 # other value was measured to be better on the built-in set.
 RECIPES = {

@@ -19,9 +19,9 @@ Run      python simsiam.py                      demonstration: built-in images, 
          torchrun --nproc-per-node=8 simsiam.py --data path
 Reuse    from simsiam import SimSiam, simsiam_loss      (needs torch only)
 
-Departure from the paper: none that is known. In the authors' code only: the last BN of a residual
-block starts at 0; the projector's last linear layer has a frozen bias, left out here because the
-BN that follows removes it.
+Departure from the paper: none that is known; from the official code: blur is a true Gaussian
+(official: PIL's). In the official code only: the last BN of a residual block starts at 0; the
+projector's last linear layer has a frozen bias, left out here because the BN after it removes it.
 
 Measured in the demonstration, top-1 in percent (of the network at random):
 built-in set, kNN 57.2 (35.0), probe 76.7 (43.4); seeds: 2
@@ -154,9 +154,9 @@ def train(args):
     run.finish()
 
 
-# Sources: imagenet: the paper and facebookresearch/simsiam. cifar: the configuration of
-# PatrickHua/SimSiam, whose 10 epochs of warm-up the paper does without. demo: smaller heads and a
-# higher rate, as measured on the built-in set.
+# Sources: imagenet: the paper and facebookresearch/simsiam. cifar: the paper's appendix on
+# CIFAR-10; what it does not name, as for ImageNet. demo: smaller heads and a higher rate, as
+# measured on the built-in set.
 RECIPES = {
     "recipe":          ("demo",     "cifar",    "imagenet"),
     "arch":            ("resnet8",  "resnet18", "resnet50"),

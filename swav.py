@@ -270,7 +270,8 @@ def train(args):
 
 # Sources: imagenet: the authors' recipe for batches of 256 (facebookresearch/swav), 72.7 % linear.
 # Their large one: batch 4096, lr 0.3 per 256, 10 epochs of warm-up, no queue; 75.3 % after 800
-# epochs. cifar: lightly's CIFAR-10 benchmark. demo: measured; SimCLR's budget of 50,000 views.
+# epochs. cifar: lightly's CIFAR-10 benchmark, with the authors' frozen first epoch. demo: measured;
+# SimCLR's budget of 50,000 views.
 RECIPES = {
     "recipe":              ("demo",    "cifar",    "imagenet"),
     "arch":                ("resnet8", "resnet18", "resnet50"),
@@ -304,25 +305,26 @@ def parse_args(argv=None):
     parser = ArgumentParser(__doc__, RECIPES)
     add = parser.add_argument
     add("--optimizer", choices=("lars", "adam"), help="the paper has LARS")
-    add("--temperature", type=number(float, 0, above=True), help="softmax temperature, τ")
+    add("--temperature", type=number(float, 0, above=True),
+        help="softmax temperature, τ (paper: 0.1)")
     add("--epsilon", type=number(float, 0, above=True),
         help="weight of the entropy in Sinkhorn: smaller, sharper codes (paper: 0.05)")
     add("--sinkhorn-iterations", type=number(int, 1), help="of Sinkhorn-Knopp (paper: 3)")
     add("--num-prototypes", type=number(int, 2),
         help="K (paper: 3000); batch and queue together should have more images")
-    add("--freeze-epochs", type=number(float, 0), help="epochs that leave the prototypes alone")
+    add("--freeze-epochs", type=number(float, 0), help="epochs of frozen prototypes (paper: 1)")
     add("--queue-size", type=number(int, 0),
-        help="past embeddings that are assigned with the batch, of each large view; used when full")
-    add("--queue-epoch", type=number(float, 0), help="epochs before the queue starts to fill")
-    add("--proj-dim", type=number(int, 1), help="length of z")
+        help="past embeddings of each large view, assigned with the batch when full (paper: 3840)")
+    add("--queue-epoch", type=number(float, 0), help="epochs before the queue fills (paper: 15)")
+    add("--proj-dim", type=number(int, 1), help="length of z (paper: 128)")
     add("--small-crops", type=number(int, 0), help="small views per image (paper: 6)")
-    add("--small-size", type=number(int, 8), help="side of a small view, in pixels")
+    add("--small-size", type=number(int, 8), help="side of a small view, in pixels (paper: 96)")
     add("--crop-scale", type=number(float, 0, 1, above=True),
         help="area that divides large from small crops, as a fraction of the image (paper: 0.14)")
     add("--small-crop-scale", type=number(float, 0, 1, above=True),
         help="area of the smallest crop, as a fraction of the image (paper: 0.05)")
     add("--jitter-strength", type=number(float, 0, 1.25), help="of the colour jitter (paper: 1)")
-    add("--blur", type=number(float, 0, 1), help="fraction of views that are blurred")
+    add("--blur", type=number(float, 0, 1), help="fraction of views that are blurred (paper: 0.5)")
     args = parser.parse_args(argv)
     if args.small_crops and args.small_crop_scale > args.crop_scale:
         parser.error(f"--small-crop-scale {args.small_crop_scale} is above --crop-scale")

@@ -22,6 +22,7 @@ full-size photographs. Commands:
 A shared machine's speed varies by factors within seconds, so only ratios mean anything. Contestants
 alternate, in an order that reverses from round to round; each figure is the median of the rounds,
 and the matrix product (GEMM) that was timed beside each round shows how steady the machine was.
+What takes minutes is measured once: scaling, evaluation, gpu-vit and start's report.
 Nothing is installed: a row whose peer is missing is left out, and a line says how to get it.
 """
 
@@ -47,7 +48,6 @@ from unittest import mock
 
 STARTED = time.perf_counter()
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -84,13 +84,9 @@ def gemm_rate():
     return 2 * n**3 / best
 
 
-def peak_memory():
-    """Peak resident bytes of this process (Linux). Not ru_maxrss, which starts at the parent's."""
-    return process_memory("self")
-
-
-def process_memory(process):
-    with suppress(OSError):
+def peak_memory(process="self"):
+    """Peak resident bytes (Linux, else NaN). Not ru_maxrss, which starts at the parent's."""
+    with suppress(OSError, IndexError):  # a process that has just ended has no such line
         status = Path(f"/proc/{process}/status").read_text()
         return 1024 * int(status.partition("VmHWM:")[2].split()[0])
     return math.nan
@@ -145,9 +141,11 @@ def show(args, title, rows, gemm=(), threads=None):
 
 
 def cell(value):
-    """A number with three significant digits at least."""
+    """A number with two significant digits at least; nothing for NaN, which is not known."""
+    if value != value:
+        return ""
     if isinstance(value, float):
-        return f"{value:,.{max(0, 2 - int(math.log10(abs(value) or 1)))}f}" * (value == value)
+        return f"{value:,.{max(0, 2 - int(math.log10(abs(value) or 1)))}f}"
     return str(value)
 
 
@@ -292,6 +290,7 @@ def peer_loop(data, arch, size, batch, workers, steps):
     loader = peer_loader(data, peer_transform(size, blur=0.0), batch, workers)
     criterion, marks, step, warm = NTXentLoss(), {}, 0, 8 + 2 * workers
     optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
+    steps += warm
     while step < steps:
         for (view1, view2), _ in loader:
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -439,7 +438,7 @@ def deviations(args):
 
 
 def loop(args, arch="resnet8", recipe="demo"):
-    cuda = torch.cuda.is_available()
+    cuda, args.batch_size = torch.cuda.is_available(), args.batch_size or 256
     flags = ["--data", args.data, "--recipe", recipe, "-b", str(args.batch_size), "--epochs", "50",
              *(["--max-images", str(args.images)] if args.images else [])]
 
@@ -481,32 +480,29 @@ def step(args, without="augmentation"):
                      "share without": median(found["flop"] / b / g for _, b, g in pairs),
                      "peak memory, MiB": found["peak"] / MIB})
         print(f"  {method}", file=sys.stderr)
-    show(args, f"Steps with and without {without}, blocks of 10", rows, gemms)
+    show(args, f"Steps with and without {without}, blocks of {args.steps or 10}", rows, gemms)
 
 
-def until(command, word):
-    """Run a script -> seconds until a line with the word, or until the end if it is None; peak
-    memory in bytes by then."""
-    start, peak = time.perf_counter(), 0
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        peak = np.nanmax([peak, process_memory(process.pid)])
-        if word and word in line:
-            break
-    else:
-        process.wait()
-    seconds = time.perf_counter() - start
-    process.kill()
-    process.stdout.close()
-    process.wait()
-    return seconds, float(peak)
-
-
-def imports():
-    return peak_memory()
+def until(command, word=None):
+    """Run a script -> seconds until a line with the word, or until its end; peak memory in bytes by
+    then."""
+    start, peak = time.perf_counter(), 0.0
+    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            peak = max(peak, peak_memory(process.pid))  # in this order NaN changes nothing
+            if word and word in line:
+                break
+        else:
+            if process.wait() or word:
+                sys.exit(f"{' '.join(command)} ended with status {process.returncode}")
+        seconds = time.perf_counter() - start
+        process.kill()
+    return seconds, peak
 
 
 def start(args):
+    from simclr import RECIPES
+
     first_step = [str(ROOT / "simclr.py"), "--data", args.data, "--recipe", "demo"]
     bare = ["-c", "import torch, torchvision"]
 
@@ -515,7 +511,7 @@ def start(args):
         return until(first_step, "step 1/")[0]
 
     figures, gemm = alternate({  # reversed rounds follow a first start, too: the cache is there
-        "imports of torch and torchvision": lambda: until(bare, None)[0],
+        "imports of torch and torchvision": lambda: until(bare)[0],
         "first start to the first step": first,
         "second start to the first step": lambda: until(first_step, "step 1/")[0]}, args.rounds)
     base = median(figures["imports of torch and torchvision"])
@@ -523,15 +519,15 @@ def start(args):
         {"what": name, "median": median(f), "best": min(f), "it / imports": median(f) / base}
         for name, f in figures.items()], gemm)
     used = child(throughput, method="simclr", flags=first_step[1:], steps=args.steps or 40)
-    base = child(imports)
+    base = child(peak_memory)
     bound = base + 1.5 * used["images"] + used["state"]
     show(args, "Memory of simclr.py on that folder, MiB", [
         {"what": name, "MiB": value / MIB} for name, value in {
             "peak": used["peak"], "imports": base, "images": used["images"],
             "model and optimizer": used["state"],
             "imports, 1.5 × images, model and optimizer": bound}.items()])
-    seconds, peak = until([str(ROOT / "simclr.py")], None)
-    steps = 5 * (5000 // 128)  # of the demonstration
+    seconds, peak = until([str(ROOT / "simclr.py")])
+    steps = RECIPES["epochs"][0] * (5000 // RECIPES["batch_size"][0])  # of the demonstration
     bare = child(blocks, method="simclr", flags=["--epochs", "50"], without="augmentation",
                  rounds=2)
     step_seconds = median(bare["without"])
@@ -548,8 +544,8 @@ def evaluation(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = args.images or 10000
     if not args.checkpoint:
-        command = ["simclr.py", "--data", args.data, "--recipe", "demo", "--max-images", str(count)]
-        until([str(ROOT / command[0]), *command[1:], "--out", "evaluated"], None)
+        until([str(ROOT / "simclr.py"), "--data", args.data, "--recipe", "demo",
+               "--max-images", str(count), "--out", "evaluated"])
     backbone, _, size = load_backbone(args.checkpoint or "evaluated/backbone.pth")
     backbone = backbone.to(device, memory_format=torch.channels_last).eval()
     train, test = load_data(args.data, size, count, 2, device)
@@ -577,8 +573,9 @@ def evaluation(args):
     for epoch in range(args.epochs):
         order = torch.randperm(len(train)).split(256)
         for rows, (images, aspect) in zip(order, train.batches(order, device)):
-            with torch.no_grad():
-                features = backbone(view(images, aspect))
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16,
+                                                 enabled=device.type == "cuda"):
+                features = backbone(view(images, aspect)).float()
             labels = train.labels[rows].to(device)
             losses = [F.cross_entropy(head(features), labels) for head in heads]
             optimizer.zero_grad()
@@ -600,18 +597,17 @@ def evaluation(args):
 
 def scaling(args):
     """Beside each other: rows of a group differ in one thing."""
-    cifar, rows = ["--data", args.data, "--recipe", "demo", "--epochs", "100"], []
-    cores = os.cpu_count()
+    cifar, rows, gemm = ["--data", args.data, "--recipe", "demo", "--epochs", "100"], [], []
+    some, cores = cifar + ["--max-images", "10000", "-b"], os.cpu_count()
     cases = [(f"{n} images", cifar + ["--max-images", str(n)], 0) for n in (1000, 10000, 50000)]
-    cases += [(f"batch {b}", cifar + ["--max-images", "10000", "-b", str(b)], 0)
-              for b in (64, 128, 256, 512)]
+    cases += [(f"batch {b}", some + [str(b)], 0) for b in (64, 128, 256, 512)]
     if args.photos:
         cases += [(f"{s} pixels", ["--data", args.photos, "--recipe", "demo", "--epochs", "1000",
                                    "--image-size", str(s), "-b", "64"], 0) for s in (32, 64, 96)]
-    cases += [(f"{p} processes of {max(1, cores // p)} threads, batch 256",
-               cifar + ["--max-images", "10000", "-b", "256"], p) for p in (1, 2)]
-    gemm = []
+    cases += [(f"{p} processes of {max(1, cores // p)} threads, batch 256", some + ["256"], p)
+              for p in (1, 2) if p <= (torch.cuda.device_count() or 2)]
     for name, flags, processes in cases:
+        shutil.rmtree("data/cache", ignore_errors=True)  # so that each first start decodes
         threads = max(1, cores // processes) if processes else None
         gemm.append(gemm_rate())
         starts = [child(throughput, processes=processes, threads=threads, method="simclr",
@@ -709,13 +705,14 @@ def replicated(photos, count):
     return str(folder.parent.parent)
 
 
-def loader_rate(data, batch, workers, steps=12):
+def loader_rate(data, batch, workers):
     """lightly's loader of DINO's 2 + 8 views, no network behind it: images/s."""
     from lightly.transforms import DINOTransform
 
-    loader = iter(peer_loader(data, DINOTransform(n_local_views=8), batch, workers))
-    next(loader)
-    return rate(lambda: len(next(loader)[0][0]), 20)
+    loader = peer_loader(data, DINOTransform(n_local_views=8), batch, workers)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))  # epoch after epoch
+    next(batches)
+    return rate(lambda: len(next(batches)[0][0]), 20)
 
 
 def gpu_vit(args):
@@ -820,7 +817,7 @@ def gpu_decode(args):
 COMMANDS = {f.__name__.replace("_", "-"): f for f in (
     augmentation, loop, step, start, evaluation, scaling, network, gpu_simclr, gpu_vit, gpu_step,
     gpu_syncs, gpu_compile, gpu_decode)}
-NEED_PHOTOS, NEED_NOTHING = ("gpu-vit", "gpu-decode"), ("network",)
+NEED_PHOTOS = "gpu-vit", "gpu-decode"
 
 
 def main(argv=None):
@@ -843,10 +840,9 @@ def main(argv=None):
     if args.command.startswith("gpu-") and not torch.cuda.is_available():
         return print(f"{args.command} needs a CUDA device, and there is none")
     needed = "photos" if args.command in NEED_PHOTOS else "data"
-    if not getattr(args, needed) and args.command not in ("network", "step"):
+    builtin = args.command == "network" or args.command == "step" and not torch.cuda.is_available()
+    if not getattr(args, needed) and not builtin:
         parser.error(f"{args.command} needs --{needed}")
-    if args.command == "loop":
-        args.batch_size = args.batch_size or 256
     home = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:  # of data/cache and runs/
         os.chdir(folder)

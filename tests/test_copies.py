@@ -8,7 +8,7 @@ from conftest import ROOT
 # They belong to the methods of several papers, and every file works alone: changed in one file,
 # they are changed in all.
 COPIES = {"LARS", "cosine", "ema_update", "spread", "accuracy", "stepwise",
-          "PatchEmbed", "Attention", "MLP", "Block", "positions"}
+          "PatchEmbed", "Attention", "Block", "positions"}
 
 # The same idea in every file, each time in its own way.
 OWN = {"make_augment", "make_optimizer", "train", "parse_args", "ViT", "positive_accuracy"}

@@ -339,7 +339,7 @@ def test_schedule_warms_up_and_ends_at_its_ends():
 
 
 def test_loss_falls_below_the_variance_only_if_the_encoder_sees():
-    """The health number. Each image repeats a patch or its negative, which the visible ones tell."""
+    """The health number. Each image repeats a patch or its negative, as the visible ones tell."""
     torch.manual_seed(0)
     patch = torch.randn(1, 3, 4, 4).tile(1, 1, 4, 4)
 
@@ -384,7 +384,7 @@ def test_recipes_have_a_flag_for_each_key():
         args = mae.parse_args(["--recipe", recipe])
         assert {k: getattr(args, k) for k in mae.RECIPES} == {
             k: row[i] for k, row in mae.RECIPES.items()}
-    assert args.norm_pix and not mae.parse_args(["--no-norm-pix"]).norm_pix  # as the headline result
+    assert args.norm_pix and not mae.parse_args(["--no-norm-pix"]).norm_pix  # the headline result
 
 
 @pytest.mark.parametrize("flags", [
@@ -402,7 +402,7 @@ def test_wrong_arguments(flags, capsys):
 
 
 def two_steps(images, draw=common.uniform):
-    """-> losses, and the parameters and buffers after two optimizer steps on this process's share."""
+    """-> losses, parameters and buffers after two optimizer steps on this process's share."""
     model = tiny_mae(depth=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)  # AdamW: magnifies 1e-16
     share = images.shape[1] // common.world_size()

@@ -46,7 +46,8 @@ def test_losses_at_chance_and_at_extremes():
     assert moco_loss(same, same, same[:5], 0.1).item() == pytest.approx(math.log(6))
     assert moco_v3_loss(same, same, 0.3).item() == pytest.approx(0.6 * math.log(8))
     z = torch.eye(8)
-    assert moco_loss(z, z, z.roll(1, 0)[:1], 0.01).item() == pytest.approx(math.log(2) / 8, abs=1e-6)
+    found = moco_loss(z, z, z.roll(1, 0)[:1], 0.01).item()
+    assert found == pytest.approx(math.log(2) / 8, abs=1e-6)
     assert moco_v3_loss(z, z, 0.01).item() == pytest.approx(0, abs=1e-6)
     assert moco_loss(z, -z, z, 1e-4).isfinite() and moco_v3_loss(z, z.roll(1, 0), 1e-4).isfinite()
 
@@ -180,7 +181,8 @@ def test_bn_groups_equal_separate_batches():
     found = grouped(x)
     torch.testing.assert_close(found, expected)
     g = torch.randn_like(found)
-    torch.testing.assert_close(*(torch.autograd.grad((y * g).sum(), x)[0] for y in (found, expected)))
+    torch.testing.assert_close(*(torch.autograd.grad((y * g).sum(), x)[0]
+                                 for y in (found, expected)))
     for name in "running_mean", "running_var":
         mean = sum(getattr(bn, name) for bn in copies) / 3
         torch.testing.assert_close(getattr(grouped, name), mean)
@@ -213,7 +215,7 @@ def two_calls(monkeypatch, class_folders):
         monkeypatch.setattr(owner, name, watched)
 
     def start(*flags):
-        args = moco.parse_args("--data images --recipe demo -b 12 --epochs 1 -j 0".split() + list(flags))
+        args = moco.parse_args([*"--data images --recipe demo -b 12 --epochs 1 -j 0".split(), *flags])
         watch(moco, "ema_update")
         watch(MoCo, "forward")
         watch(moco, "moco_loss")
@@ -237,7 +239,7 @@ def test_order_of_a_step(two_calls):
 
 
 def test_keys_are_shuffled_between_bn_groups_and_back(two_calls, monkeypatch):
-    """view2 has its rows in another order than view1; the loss and the queue have them in view1's."""
+    """view2 has its rows in another order than view1; loss and queue have them in view1's."""
     def colors(self, *views):
         query, key = (F.normalize(v.mean((2, 3)) - 0.3, dim=1) for v in views)
         return [(query + 0 * sum(p.sum() for p in self.online.parameters()), key)]
@@ -366,7 +368,7 @@ def test_bn_groups_are_a_multiple_of_the_processes(monkeypatch, capsys):
 
 
 def two_steps(version, views, mutation=None):
-    """-> losses, and the parameters and buffers after two optimizer steps on this process's share."""
+    """-> losses, parameters and buffers after two optimizer steps on this process's share."""
     world, rank = common.world_size(), common.rank()
     torch.manual_seed(0)
     model = MoCo(small_backbone(), 12, version, proj_dim=5, queue_size=20, hidden_dim=7,

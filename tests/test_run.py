@@ -481,6 +481,24 @@ def test_resume_continues_with_the_saved_flags(run, undisturbed, stopped, method
     assert same(state(Path("run")), expected)
 
 
+def test_resumed_run_is_deterministic_if_it_was_started_so(run, stopped):
+    stopped("simclr", "--deterministic")
+    torch.use_deterministic_algorithms(False)
+    try:
+        assert run("simclr", "--data", "images", "--out", "run", "--resume")[0] == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_resumed_run_needs_its_initial_weights_no_more(run, undisturbed, stopped):
+    undisturbed("simclr")
+    os.replace("undisturbed/backbone.pth", "initial.pth")
+    stopped("simclr", "--init", "initial.pth")
+    os.remove("initial.pth")
+    assert run("simclr", "--data", "images", "--out", "run", "--resume")[::2] == (0, "")
+
+
 @every_method
 def test_resume_alone_continues_the_latest_run_on_its_data(run, class_folders, monkeypatch, method):
     assert run(method, *TINY, "--epochs", "1")[0] == 0
@@ -742,12 +760,28 @@ def test_batch_that_processes_cannot_share(run, class_folders, monkeypatch, meth
     assert_one_line(run(method, *TINY, "-b", batch), 2, "--batch-size", world)
 
 
+@pytest.mark.parametrize("world, status", [("3", None), ("16", 1)])
+def test_processes_share_the_batch_of_a_resumed_run(run, stopped, monkeypatch, world, status):
+    """A batch of 24, not the recipe's 64, is what 3 processes share, and 16 do not."""
+    stopped("simclr", "-b", "24")
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setattr(common, "start_processes", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(common, "world_size", lambda: int(world))
+    monkeypatch.setattr(common, "load_data", lambda *args: sys.exit("shared"))
+    result = run("simclr", "--data", "images", "--out", "run", "--resume")
+    if status:
+        assert_one_line(result, status, world, "24")
+    else:
+        assert result[0] == "shared"
+
+
 @every_method
 def test_help_needs_no_data(run, method):
     status, output, error = run(method, "--help")
     assert (status, error) == (0, "")
     for flag in "--data --resume --batch-size --weight-decay --eval-every".split():
         assert flag in output
+    assert "only at the end (default: 0)" in " ".join(output.split())
 
 
 @every_method

@@ -143,7 +143,7 @@ def tiny_model():
 
 
 def two_steps(views, gather=common.gather, convert=common.sync_batch_norm):
-    """-> losses, and the parameters and buffers after two optimizer steps on this process's share."""
+    """-> losses, parameters and buffers after two optimizer steps on this process's share."""
     model = convert(tiny_model())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     share = views.shape[2] // common.world_size()
@@ -185,7 +185,8 @@ def test_processes_equal_one(world):
     assert largest_difference(two_steps(views), run_processes(world, two_steps, views)) < 1e-12
 
 
-@pytest.mark.parametrize("mutation", [{"gather": gather_without_gradient}, {"convert": nn.Module.train}])
+@pytest.mark.parametrize("mutation", [{"gather": gather_without_gradient},
+                                      {"convert": nn.Module.train}])
 def test_processes_differ_from_one_when_broken(mutation):
     """The test above notices a gather without gradient, and BN that is not synchronised."""
     views = torch.randn(2, 2, 8, 3, 8, 8, dtype=torch.float64)

@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -119,7 +120,7 @@ def ablation_command(name):
 
 SUBSET = "--data cifar --recipe demo --max-images 10000"  # 100,000 views in 5 epochs
 FEWER = {"rotation": " --epochs 2"}  # four views of each image
-WIDTHS = "resnet8x0.5", "resnet8x2", "vgg11_bnx0.25"  # resnet8 itself is in the group cpu
+NETWORKS = "resnet8x0.5", "resnet8x2", "resnet20", "vgg11_bnx0.25"  # resnet8: in the group cpu
 RUNS = {
     "cpu": [(f"{m}{suffix}-{seed}", f"{m}.py{flags + FEWER.get(m, '') * bool(flags)} --seed {seed}")
             for seeds, suffix, flags in [("0", "", ""), ("0", "-cifar", f" {SUBSET}"),
@@ -133,7 +134,9 @@ RUNS = {
                  for m in METHODS],
     "ablation": [(name, ablation_command(name)) for name in ABLATIONS],
     "architecture": [(f"{m}-{arch}", f"{m}.py {SUBSET}{FEWER.get(m, '')} --arch {arch} --seed 0")
-                     for arch in WIDTHS for m in ("rotation", "simclr")],
+                     for arch in NETWORKS for m in ("rotation", "simclr")]
+    + [(f"simclr-resnet20-{seed}", f"simclr.py {SUBSET} --arch resnet20 --seed {seed}")
+       for seed in "12"],
 }
 
 
@@ -182,6 +185,10 @@ def machine(gpu):
 def measure(args):
     """Run what is missing -> the exit status."""
     gpu = args.group.startswith("gpu")
+    if args.flags:  # a trial is neither continued nor kept as the run without its flags
+        if args.results == HERE:
+            sys.exit("--flags is for a trial: give it --results, a folder of its own")
+        args.out = args.out / f"trial-{zlib.crc32(args.flags.encode()):08x}"
 
     def keep(name):
         (args.results / name).mkdir(parents=True, exist_ok=True)
@@ -354,7 +361,8 @@ def gpu_table(runs, group="gpu"):
         published = (knn, its_minutes) if group == "gpu" else (long_knn, linear)
         rows += with_best_layer(method, own, [
             METHODS[method] + ", ViT-tiny" * vit, *accuracy(own),
-            *("" if value is None else f"{value}" for value in published), *cost(own)], random=False)
+            *("" if value is None else f"{value}" for value in published), *cost(own)],
+            random=False)
     rows += [["ResNet-18 at random", *accuracy(first, "random"), *[""] * 5],
              ["raw pixels", *accuracy(first, "pixels"), *[""] * 5]]
     last = "its minutes" if group == "gpu" else "published linear"
@@ -382,16 +390,16 @@ def ablation_table(runs):
 
 def architecture_table(runs):
     rows = []
-    for arch in WIDTHS[0], "resnet8", *WIDTHS[1:]:
-        row = [arch]
-        for method in "rotation", "simclr":
-            name = f"{method}-cifar-0" if arch == "resnet8" else f"{method}-{arch}"
-            own = [runs[name]] if name in runs else []
-            best = best_layer(own)
-            row += accuracy(own) + ([f"{best[0]}: {best[1][1]}" if best else ""]
-                                    if method == "rotation" else [])
-        rows.append(row)
-    return table("network|rotation: kNN|probe|probe of the best layer|SimCLR: kNN|probe", rows)
+    for arch in NETWORKS[0], "resnet8", *NETWORKS[1:]:
+        rotation, simclr = (seeds(runs, f"{method}-cifar") if arch == "resnet8" else
+                            [runs[name] for name in (f"{method}-{arch}", f"{method}-{arch}-1",
+                                                     f"{method}-{arch}-2") if name in runs]
+                            for method in ("rotation", "simclr"))
+        best = best_layer(rotation)
+        rows.append([arch, *accuracy(simclr, "random"), *accuracy(rotation),
+                     f"{best[0]}: {best[1][1]}" if best else "", *accuracy(simclr)])
+    return table("network|random: kNN|probe|rotation: kNN|probe|probe of the best layer|"
+                 "SimCLR: kNN|probe", rows)
 
 
 def pretext_table(runs):
@@ -419,8 +427,10 @@ def summary_table(runs):
               lambda m: [runs[f"{m}-200"]] if f"{m}-200" in runs else []]
     rows = [[f"`{m}.py`", *(cell for group in groups for cell in accuracy(group(m)))]
             for m in METHODS]
-    for label, name in ("SimCLR's network at random", "random"), ("raw pixels", "pixels"):
-        own = [group("simclr") if name == "random" else group("simclr")[:1] for group in groups]
+    for label, method, name in (("SimCLR's network at random", "simclr", "random"),
+                                ("MAE's network at random", "mae", "random"),
+                                ("raw pixels", "simclr", "pixels")):
+        own = [group(method)[: 1 if name == "pixels" else None] for group in groups]
         rows.append([label, *(cell for group in own for cell in accuracy(group, name))])
     return table("|built-in set: kNN|probe|10,000 of CIFAR-10: kNN|probe|CIFAR-10, 200 epochs: kNN"
                  "|probe", rows)
@@ -470,15 +480,23 @@ def read_runs(results):
     return {name: run for name, run in found.items() if run}
 
 
+def benchmark_table(name, number):
+    """One of the tables that `tests/benchmark.py name` printed, counted from 1."""
+    text = (HERE / "benchmark" / f"{name}.txt").read_text(encoding="utf8")
+    return re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)[int(number) - 1]
+
+
 def rewrite(text, runs):
     """A page whose tables, each between `<!-- table: name -->` and `<!-- end -->`, are made anew;
-    the name is one of TABLES, or a run's, for the table that its script prints."""
+    the name is one of TABLES, or a run's, for the table that its script prints, or benchmark.1 for
+    the first table that this command of benchmark.py printed."""
     def make(match):
-        name = match[2]
-        return match[1] + "\n" + (TABLES[name](runs) if name in TABLES else
-                                  report_table(runs[name])) + "\n" + match[3]
+        name, _, number = match[2].partition(".")
+        made = (benchmark_table(name, number) if number else TABLES[name](runs) if name in TABLES
+                else report_table(runs[name]))
+        return match[1] + "\n" + made + "\n" + match[3]
 
-    return re.sub(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", make, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", make, text, flags=re.DOTALL)
 
 
 def rewrite_docstring(text, runs, method):
