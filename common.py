@@ -983,7 +983,8 @@ def make_backbone(arch, image_size, zero_init_residual=False):
     width = float(width or 1)
     if name in VGGS:
         return VGG([v if v == "M" else round(v * width) for v in vgg.cfgs[VGGS[name]]])
-    if len(DEPTHS[name][1]) == 3:  # for a CPU; zero_init_residual made resnet8 learn less there
+    if len(DEPTHS[name][1]) == 3:  # for a CPU: resnet20 has twice the width of the paper's and half
+        # its resolution; zero_init_residual made resnet8 learn less
         return ResNet(*DEPTHS[name], 0.5 * width, "tiny")
     stem = "cifar" if image_size <= 64 else "imagenet"
     return ResNet(*DEPTHS[name], width, stem, zero_init_residual)
@@ -1060,7 +1061,8 @@ class Run:
         if self.folder:
             self._open_folder()
         if args.batch_size % world_size() or args.batch_size < 2 * world_size():
-            raise Failure(f"{world_size()} processes cannot share a batch of {args.batch_size}")
+            raise Failure(f"--batch-size {args.batch_size} gives {world_size()} processes no equal "
+                          "share of at least 2 images: start another number of processes")
         torch.backends.cudnn.benchmark = not args.deterministic
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -448,7 +448,7 @@ def parse_args(argv=None):
     add("--freeze-epochs", type=number(float, 0), help="epochs with a frozen last layer (paper: 1)")
     args = parser.parse_args(argv)
     if args.arch in VITS and any(s % args.patch_size for s in (args.image_size, args.local_size)):
-        parser.error(f"--image-size and --local-size must be multiples of {args.patch_size}")
+        parser.error(f"--patch-size {args.patch_size} must divide --image-size and --local-size")
     if args.local_crop_scale > args.crop_scale:
         parser.error(f"--local-crop-scale {args.local_crop_scale} is above --crop-scale")
     return args

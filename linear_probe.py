@@ -427,8 +427,8 @@ def read_backbone(path):
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise Failure(f"{path} holds weights that are not finite: its training has diverged")
     args = checkpoint["args"] if isinstance(checkpoint.get("args"), dict) else {}
-    ours = checkpoint.get("method") == "moco" and args.get("arch") == "vit_small"
-    if "base_encoder" in prefix or ours:  # MoCo v3's ViTs
+    bias = weights.get("patch_embed.proj.bias", torch.ones(1))
+    if len(bias) == 384 and ("base_encoder" in prefix or not bias.any()):  # not trained: MoCo v3's
         args = args | {"num_heads": 12}
     return weights, args
 

@@ -389,7 +389,8 @@ def parse_args(argv=None):
     add("--patch-size", type=number(int, 1), help="side of a patch in pixels (paper: 16; huge: 14)")
     add("--objective", choices=("mae", "simmim"), default="mae",
         help="simmim: mask tokens in the encoder, a linear decoder, absolute error of plain pixels")
-    add("--mask-ratio", type=number(float, 0, 1), help="patches removed (MAE: 0.75, SimMIM: 0.6)")
+    add("--mask-ratio", type=number(float, 0, 1),
+        help="fraction of patches removed (MAE: 0.75, SimMIM: 0.6)")
     add("--norm-pix", action=argparse.BooleanOptionalAction,
         help="normalise the pixels to be predicted, in each patch")
     add("--decoder-dim", type=number(int, 32), help="decoder's width, 32 per head (paper: 512)")
@@ -400,7 +401,7 @@ def parse_args(argv=None):
     if args.arch not in VITS:
         parser.error(f"--arch {args.arch} is none of {', '.join(VITS)}")
     if args.image_size % args.patch_size or args.decoder_dim % 32:
-        parser.error(f"--image-size must be a multiple of {args.patch_size}, --decoder-dim of 32")
+        parser.error(f"--patch-size {args.patch_size} must divide --image-size, 32 --decoder-dim")
     patches = (args.image_size // args.patch_size) ** 2
     if not 0 < round(patches * (1 - args.mask_ratio)) < patches:
         parser.error(f"--mask-ratio {args.mask_ratio} removes none or all of {patches} patches")

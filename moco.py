@@ -436,7 +436,8 @@ def parse_args(argv=None):
     add("--solarize2", type=number(float, 0, 1), help="v3: fraction of views 2 solarised (0.2)")
     args = parser.parse_args(argv)
     unequal = args.bn_groups % int(os.environ.get("WORLD_SIZE", 1))
-    if args.version < 3 and unequal and not args.resume:  # `train` sees a resumed run's
+    unknown = args.resume and "bn_groups" not in args.given  # `train` sees a resumed run's
+    if args.version < 3 and unequal and not unknown:
         parser.error(f"--bn-groups {args.bn_groups} is not a multiple of the number of processes")
     return args
 

@@ -315,7 +315,8 @@ def parse_args(argv=None):
     add("--freeze-epochs", type=number(float, 0), help="epochs of frozen prototypes (paper: 1)")
     add("--queue-size", type=number(int, 0),
         help="past embeddings of each large view, assigned with the batch when full (paper: 3840)")
-    add("--queue-epoch", type=number(float, 0), help="epochs before the queue fills (paper: 15)")
+    add("--queue-epoch", type=number(float, 0),
+        help="epochs before the queue starts to fill (paper: 15)")
     add("--proj-dim", type=number(int, 1), help="length of z (paper: 128)")
     add("--small-crops", type=number(int, 0), help="small views per image (paper: 6)")
     add("--small-size", type=number(int, 8), help="side of a small view, in pixels (paper: 96)")

@@ -830,7 +830,7 @@ def main(argv=None):
     add("--json", metavar="FILE", type=os.path.abspath, help="append each table to this file")
     add("--rounds", type=int, default=4, help="alternations (default 4)")
     add("--seconds", type=float, default=1.5, help="of a pipeline in a round (default 1.5)")
-    add("--steps", type=int, help="of a loop, more than 12 (default 40); of a block (default 10)")
+    add("--steps", type=int, help="of a loop, more than 5 (default 40); of a block (default 10)")
     add("--batch-size", type=int, help="of loop (default 256) and gpu-vit (128)")
     add("--images", type=int, help="training images, of loop (all) and evaluation (10,000)")
     add("--epochs", type=int, default=100, help="of the re-encoding protocol (default 100)")

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from processes import run_processes
 from torch import nn
 
 import barlow
@@ -232,78 +231,3 @@ def test_variance_term_prevents_collapse_to_a_constant():
 def test_covariance_term_prevents_collapse_to_one_dimension():
     collapsed = train_toy(lambda z1, z2: vicreg_loss(z1, z2, 25.0, 25.0, 0.0))
     assert collapsed["std"] > 0.8 and collapsed["off_diagonal"] > 0.8
-
-
-# ---- several processes give what one process with the whole batch gives
-
-
-LOSSES = {"barlow": lambda z1, z2: barlow_loss(z1, z2, 0.1), "vicreg": vicreg_loss}
-
-
-def tiny_model():
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
-                             nn.Linear(54, 12))
-    return BarlowTwins(backbone, 12, proj_dim=5).double()
-
-
-def two_steps(views, loss, gather=common.gather, convert=common.sync_batch_norm):
-    """-> losses, and the parameters and buffers after two optimizer steps on its share."""
-    model = convert(tiny_model())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
-    share = views.shape[2] // common.world_size()
-    views = views[:, :, common.rank() * share :][:, :, :share]
-    forward = model
-    if common.world_size() > 1:
-        forward = nn.parallel.DistributedDataParallel(model)
-    losses = []
-    for view1, view2 in views:
-        z1, z2 = forward(view1, view2)
-        value = LOSSES[loss](gather(z1), gather(z2))
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        losses.append(value.item())
-    return losses, {k: v.numpy() for k, v in model.state_dict().items()}
-
-
-def gather_without_gradient(x):
-    rows = common.gather(x.detach())
-    rows = rows.unflatten(0, (common.world_size(), -1)).clone()
-    rows[common.rank()] = x
-    return rows.flatten(0, 1)
-
-
-def no_gather(x):
-    return x
-
-
-def largest_difference(one, several):
-    """Over losses and all entries of the state of every process."""
-    largest = 0.0
-    for losses, state in several:
-        largest = max(largest, *(abs(a - b) for a, b in zip(losses, one[0])))
-        for key, value in state.items():
-            largest = max(largest, float(abs(value - one[1][key]).max()))
-    return largest
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_processes_equal_one(loss):
-    views = torch.randn(2, 2, 8, 3, 8, 8, dtype=torch.float64)
-    several = run_processes(2, two_steps, views, loss)
-    assert largest_difference(two_steps(views, loss), several) < 1e-12
-
-
-@pytest.mark.parametrize("mutation", [
-    {"gather": gather_without_gradient}, {"gather": no_gather}, {"convert": nn.Module.train}])
-def test_processes_differ_from_one_when_broken(mutation):
-    """The test above notices a gather without gradient, statistics of each process's own share, and
-    BN that is not synchronised."""
-    views = torch.randn(2, 2, 8, 3, 8, 8, dtype=torch.float64)
-    broken = run_processes(2, _broken_steps, views, *mutation.popitem())
-    assert largest_difference(two_steps(views, "barlow"), broken) > 1e-6
-
-
-def _broken_steps(views, key, value):
-    return two_steps(views, "barlow", **{key: value})

@@ -36,7 +36,7 @@ def test_blocks_without_augmentation_draw_no_views(monkeypatch):
     pictures, blocks, frozen = 2, 3 * 3 * 2, 2  # of views.png; with, of which one unmeasured; cache
     assert len(drawn) == 2 * (pictures + blocks + frozen)
     backbone = [f["flop"] / f["batch"] for f in found]
-    assert backbone[0] == pytest.approx(backbone[1], rel=0.01)  # only the logits' B² is not in B
+    assert backbone[0] == pytest.approx(backbone[1], rel=0.01)  # but for the logits' B²
 
 
 def test_blocks_without_upkeep_leave_the_weights(monkeypatch):

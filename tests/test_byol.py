@@ -5,12 +5,11 @@ import math
 
 import pytest
 import torch
-from processes import run_processes
 from torch import nn
 
 import byol
 import common
-from byol import BYOL, byol_loss, cosine, ema_update, make_optimizer, spread
+from byol import BYOL, byol_loss, ema_update, make_optimizer, spread
 
 
 def slow_loss(p1, p2, z1, z2):
@@ -215,52 +214,3 @@ def test_without_predictor_it_collapses_and_the_health_number_shows_it():
     assert healthy > 0.7 and loss > 0.5
     collapsed, loss = spread_after_training(predictor=False)
     assert collapsed < 0.25 and loss < 0.1  # a perfect loss, for nothing
-
-
-# ---- several processes give what one process with the whole batch gives
-
-
-def two_steps(views, convert=common.sync_batch_norm):
-    """-> losses; parameters and buffers after two optimizer steps on this process's share."""
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
-                             nn.Linear(54, 12))
-    model = convert(BYOL(backbone, 12, hidden_dim=10, proj_dim=5).double())
-    optimizer = make_optimizer("sgd", model, 0.01)
-    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.3
-    share = views.shape[2] // common.world_size()
-    views = views[:, :, common.rank() * share :][:, :, :share]
-    forward = model
-    if common.world_size() > 1:
-        forward = nn.parallel.DistributedDataParallel(model)
-    losses = []
-    for step, (view1, view2) in enumerate(views):
-        loss = byol_loss(*forward(view1, view2))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        ema_update(model.target, model.online, cosine(step, 2, 0, 0.5, 1.0))
-        losses.append(common.all_sum(loss.detach()).item() / common.world_size())
-    return losses, {k: v.numpy() for k, v in model.state_dict().items()}
-
-
-def largest_difference(one, several):
-    """Over losses and all entries of the state of every process."""
-    largest = 0.0
-    for losses, state in several:
-        largest = max(largest, *(abs(a - b) for a, b in zip(losses, one[0])))
-        for key, value in state.items():
-            largest = max(largest, float(abs(value - one[1][key]).max()))
-    return largest
-
-
-def test_processes_equal_one():
-    views = torch.randn(2, 2, 8, 3, 8, 8, dtype=torch.float64)
-    assert largest_difference(two_steps(views), run_processes(2, two_steps, views)) < 1e-12
-
-
-def test_processes_differ_from_one_without_synchronised_bn():
-    """The test above notices it."""
-    views = torch.randn(2, 2, 8, 3, 8, 8, dtype=torch.float64)
-    broken = run_processes(2, two_steps, views, nn.Module.train)
-    assert largest_difference(two_steps(views), broken) > 1e-6

@@ -413,6 +413,17 @@ def test_torchvision_set(monkeypatch, name, split_flag):
             assert (images[:, 0] == gray).all() and images[:, 1, 0, 0].tolist() == [*range(6)]
 
 
+@pytest.mark.parametrize("labels", [[[0, 1]] * 6, ["a"] * 6, [None] * 6])
+def test_torchvision_labels_that_are_no_classes(monkeypatch, labels):
+    class Odd(list):
+        targets = labels
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10",
+                        lambda root, train=True, download=False: Odd(range(6)))
+    with pytest.raises(Failure, match="cannot load cifar10"):
+        find_sets("cifar10")
+
+
 def test_torchvision_set_without_split(monkeypatch):
     class Small(torchvision.datasets.FakeData):
         def __init__(self, transform=None):

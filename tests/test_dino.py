@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import run_processes
 from torch import nn
 
 import common
@@ -399,84 +398,3 @@ def test_centering_and_sharpening_together_prevent_collapse():
     assert entropy < 0.1 and kl < 0.02  # the center stays 0: one class
     entropy, kl = toy_training(center_momentum=0.9, teacher_temperature=0.2)  # not sharp
     assert entropy > 0.99 and kl < 0.01  # uniform
-
-
-# ---- several processes give what one process with the whole batch gives
-
-
-def tiny_model():
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(),
-                             nn.AdaptiveAvgPool2d(2), tiny_vit(2, 1, dim=12))
-    backbone[4].patch_embed.proj = nn.Conv2d(6, 12, 1)
-    return DINO(backbone, 12, out_dim=9, hidden_dim=8, bottleneck_dim=4, head_bn=True).double()
-
-
-def local_mean(x):
-    return x * common.world_size()
-
-
-def clip_before_mean(model):
-    """As if each process clipped what it has, before DistributedDataParallel's mean."""
-    for p in model.student.parameters():
-        p.register_hook(lambda grad: grad * (0.01 / grad.norm()).clamp(max=1))
-
-
-def two_steps(views, all_sum=common.all_sum, convert=common.sync_batch_norm, prepare=None):
-    """-> losses, and the parameters and buffers after two steps on this process's share."""
-    model = convert(tiny_model())
-    if prepare:
-        prepare(model)
-    optimizer = torch.optim.SGD(model.student.parameters(), lr=1.0, momentum=0.9)
-    share = views[0].shape[2] // common.world_size()
-    forward = model
-    if common.world_size() > 1:
-        forward = nn.parallel.DistributedDataParallel(model)
-    losses = []
-    for step in range(2):
-        mine = [list(v[step][:, common.rank() * share :][:, :share]) for v in views]
-        student, teacher = forward(*mine)
-        loss = dino_loss(student, teacher, model.center, 0.5, 0.2)
-        optimizer.zero_grad()
-        loss.backward()
-        dino.clip_gradients(model.student.parameters(), 0.01)
-        optimizer.step()
-        dino.ema_update(model.teacher, model.student, 0.5)
-        mean = all_sum(teacher.mean((0, 1))) / common.world_size()
-        update_center(model.center, mean, 0.9)
-        losses.append((common.all_sum(loss.detach()) / common.world_size()).item())
-    return losses, {k: v.numpy() for k, v in model.state_dict().items()}
-
-
-def largest_difference(one, several):
-    """Over losses and all entries of the state of every process."""
-    largest = 0.0
-    for losses, state in several:
-        largest = max(largest, *(abs(a - b) for a, b in zip(losses, one[0])))
-        for key, value in state.items():
-            largest = max(largest, float(abs(value - one[1][key]).max()))
-    return largest
-
-
-def random_views():
-    """Two steps' global and local views: (steps, V, B, 3, ., .)."""
-    return [torch.randn(2, v, 8, 3, size, size, dtype=DOUBLE) for v, size in ((2, 8), (3, 6))]
-
-
-def test_processes_equal_one():
-    views = random_views()
-    assert largest_difference(two_steps(views), run_processes(2, two_steps, views)) < 1e-12
-
-
-@pytest.mark.parametrize("mutation", [{"all_sum": local_mean}, {"convert": nn.Module.train},
-                                      {"prepare": clip_before_mean}])
-def test_processes_differ_from_one_when_broken(mutation):
-    """The test above notices a center of one's own rows, BN that is not synchronised, and clipping
-    before the mean over processes."""
-    views = random_views()
-    broken = run_processes(2, _broken_steps, views, *mutation.popitem())
-    assert largest_difference(two_steps(views), broken) > 1e-6
-
-
-def _broken_steps(views, key, value):
-    return two_steps(views, **{key: value})

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from PIL import Image
-from processes import run_processes
 from torch import nn
 
 import common
@@ -320,63 +319,3 @@ def test_recipes_have_a_flag_for_each_key():
         args = jigsaw.parse_args(["--recipe", recipe])
         assert {k: getattr(args, k) for k in jigsaw.RECIPES} == {
             k: row[i] for k, row in jigsaw.RECIPES.items()}
-
-
-# ---- several processes give what one process with the whole batch gives
-
-
-def two_steps(images, uniform=common.uniform, convert=common.sync_batch_norm):
-    """-> losses, and the parameters and buffers after two optimizer steps on this share."""
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Conv2d(3, 6, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
-                             nn.Linear(24, 12))
-    model = convert(Jigsaw(backbone, 12, permutation_set(6, 9, seed=0), 5, 7).double())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
-    share = images.shape[1] // common.world_size()
-    forward, cpu = model, torch.device("cpu")
-    if common.world_size() > 1:
-        forward = nn.parallel.DistributedDataParallel(model)
-    losses = []
-    for step, batch in enumerate(images[:, common.rank() * share :][:, :share]):
-        torch.manual_seed(step)
-        offsets = uniform(share, 9, 2, device=cpu)
-        order = uniform(share, device=cpu, high=6).long()
-        tiles = shuffle(cut_tiles(batch, 3, 3, offsets), model.orders[order])
-        loss = jigsaw_loss(forward(normalize_tiles(tiles)), order)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append((common.all_sum(loss.detach()) / common.world_size()).item())
-    return losses, {k: v.numpy() for k, v in model.state_dict().items()}
-
-
-def own_uniform(n, *shape, device, low=0.0, high=1.0):
-    return torch.empty(n, *shape).uniform_(low, high)
-
-
-def largest_difference(one, several):
-    """Over losses and all entries of the state of every process."""
-    largest = 0.0
-    for losses, state in several:
-        largest = max(largest, *(abs(a - b) for a, b in zip(losses, one[0])))
-        for key, value in state.items():
-            largest = max(largest, float(abs(value - one[1][key]).max()))
-    return largest
-
-
-def test_processes_equal_one():
-    images = torch.rand(2, 8, 3, 16, 16, dtype=torch.float64)
-    assert largest_difference(two_steps(images), run_processes(2, two_steps, images)) < 1e-12
-
-
-@pytest.mark.parametrize("mutation", [{"uniform": own_uniform}, {"convert": nn.Module.train}])
-def test_processes_differ_from_one_when_broken(mutation):
-    """The test above notices puzzles that each process draws by itself, and BN that is not
-    synchronised."""
-    images = torch.rand(2, 8, 3, 16, 16, dtype=torch.float64)
-    broken = run_processes(2, _broken_steps, images, *mutation.popitem())
-    assert largest_difference(two_steps(images), broken) > 1e-6
-
-
-def _broken_steps(images, key, value):
-    return two_steps(images, **{key: value})

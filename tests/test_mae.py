@@ -4,19 +4,17 @@ import math
 
 import pytest
 import torch
-from processes import run_processes
 from torch import nn
 
-import common
 import linear_probe
 import mae
 from mae import MAE, SimMIM, ViT, mae_loss, patchify, random_masking, reconstruct, unpatchify
 
 
-def tiny_mae(mask_ratio=0.75, depth=2):
+def tiny_mae(mask_ratio=0.75):
     """16 patches of 4 x 4 pixels, in float64."""
     torch.manual_seed(0)
-    return MAE(ViT(16, 4, 16, depth, 2), mask_ratio, 8, 2, 2).double()
+    return MAE(ViT(16, 4, 16, 2, 2), mask_ratio, 8, 2, 2).double()
 
 
 def images_and_noise(count=3):
@@ -396,45 +394,3 @@ def test_wrong_arguments(flags, capsys):
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and flags[0] in error
-
-
-# ---- several processes give what one process with the whole batch gives
-
-
-def two_steps(images, draw=common.uniform):
-    """-> losses, parameters and buffers after two optimizer steps on this process's share."""
-    model = tiny_mae(depth=1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)  # AdamW: magnifies 1e-16
-    share = images.shape[1] // common.world_size()
-    images = images[:, common.rank() * share :][:, :share]
-    forward = model
-    if common.world_size() > 1:
-        forward = nn.parallel.DistributedDataParallel(model)
-    losses = []
-    for step, view in enumerate(images):
-        torch.manual_seed(step)
-        prediction, mask = forward(view, draw(share, 16, device="cpu"))
-        loss = mae_loss(prediction, view, mask, 4)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(common.all_sum(loss.detach())) / common.world_size())
-    return losses, {k: v.numpy() for k, v in model.state_dict().items()}
-
-
-def largest_difference(one, several):
-    """Over losses and all entries of the state of every process."""
-    largest = 0.0
-    for losses, state in several:
-        largest = max(largest, *(abs(a - b) for a, b in zip(losses, one[0])))
-        for key, value in state.items():
-            largest = max(largest, float(abs(value - one[1][key]).max()))
-    return largest
-
-
-def test_processes_equal_one_and_differ_when_broken():
-    """Broken: each process draws its own noise, so that the masks depend on their number."""
-    images = torch.randn(2, 8, 3, 16, 16, dtype=torch.float64)
-    one = two_steps(images)
-    assert largest_difference(one, run_processes(2, two_steps, images)) < 1e-12
-    assert largest_difference(one, run_processes(2, two_steps, images, torch.rand)) > 1e-6

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import signal
 import subprocess
@@ -142,6 +143,8 @@ def test_tables_of_a_few_runs(tmp_path):
     write_run(tmp_path, "simclr-200", command="python simclr.py", hardware="H100")
     write_run(tmp_path, "swav-800")
     write_run(tmp_path, "rotation-resnet8x2", 65.0, layers)
+    write_run(tmp_path, "simclr-resnet20")
+    write_run(tmp_path, "simclr-resnet20-1", 80.0)
     write_run(tmp_path, "dino-0", finished=False)
     runs = measure.read_runs(tmp_path)
     tables = {name: make(runs).splitlines() for name, make in measure.TABLES.items()}
@@ -165,10 +168,19 @@ def test_tables_of_a_few_runs(tmp_path):
         "| spread | 0.500 → 0.500 | 60.0 → 60.0 | 70.0 → 30.0 |")
     assert ablated["byol-no-predictor"].endswith("| spread |  |  |  |")  # nothing to compare with
     assert "| resnet8x2 |  |  | 60.0 | 65.0 | layer1: 81.0 |  |  |" in tables["architecture"]
+    assert "| resnet20 | 30.0 (30.0 to 30.0) | 40.0 (40.0 to 40.0) |  |  |  | 60.0 (60.0 to 60.0) " \
+        "| 75.0 (70.0 to 80.0) |" in tables["architecture"]
     assert "| `simclr.py` |  |  |  |  | 60.0 | 70.0 |" in tables["summary"]
     assert "| simclr-200 | `python simclr.py` | 60.0 | 70.0 | 30.0, 40.0 | 20.0, 25.0 | 1.000 | " \
         "100 | 1.0 | 1.5 | H100 |" in tables["runs"]
     assert len(tables["runs"]) == 2 + len(runs)
+
+
+def test_a_trial_is_not_kept_as_a_run():
+    args = measure.parse_args(["cpu", "--flags=--lr 1", "--results",
+                               os.path.relpath(measure.HERE)])
+    with pytest.raises(SystemExit, match="trial"):
+        measure.measure(args)
 
 
 def test_rewrite_changes_only_what_is_between_markers(tmp_path):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
-from processes import run_processes
 from torch import nn
 
 import common
@@ -214,64 +213,3 @@ def test_accuracy_is_at_chance_without_an_up_direction():
     half = torch.randint(-2, 3, (64, 3, 8, 8)).float()
     alike = sum(half.rot90(k, (2, 3)) for k in range(4))  # the same from all four sides
     assert trained_accuracy(alike) == pytest.approx(0.25)
-
-
-# ---- several processes give what one process with the whole batch gives
-
-
-def two_steps(images, uniform=common.uniform, convert=common.sync_batch_norm):
-    """-> losses, and the parameters and buffers after two optimizer steps on this share."""
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
-                             nn.Linear(54, 12))
-    model = convert(RotNet(backbone, 12).double())
-    optimizer = rotation.make_optimizer(model, 0.01)
-    optimizer.param_groups[0]["lr"] = 0.3
-    share = images.shape[1] // common.world_size()
-    forward, common.uniform = model, uniform
-    if common.world_size() > 1:
-        forward = nn.parallel.DistributedDataParallel(model)
-    losses = []
-    for step, batch in enumerate(images[:, common.rank() * share :][:, :share]):
-        torch.manual_seed(step)
-        for function, *parameters in RandomShift(2).draw(batch, torch.ones(share)):
-            batch = function(batch, *parameters)
-        rotated, labels = rotate_four(batch)
-        loss = rotation_loss(forward(rotated), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append((common.all_sum(loss.detach()) / common.world_size()).item())
-    return losses, {k: v.numpy() for k, v in model.state_dict().items()}
-
-
-def own_uniform(n, *shape, device, low=0.0, high=1.0):
-    return torch.empty(n, *shape).uniform_(low, high)
-
-
-def largest_difference(one, several):
-    """Over losses and all entries of the state of every process."""
-    largest = 0.0
-    for losses, state in several:
-        largest = max(largest, *(abs(a - b) for a, b in zip(losses, one[0])))
-        for key, value in state.items():
-            largest = max(largest, float(abs(value - one[1][key]).max()))
-    return largest
-
-
-def test_processes_equal_one():
-    images = torch.rand(2, 8, 3, 8, 8, dtype=torch.float64)
-    assert largest_difference(two_steps(images), run_processes(2, two_steps, images)) < 1e-12
-
-
-@pytest.mark.parametrize("mutation", [{"uniform": own_uniform}, {"convert": nn.Module.train}])
-def test_processes_differ_from_one_when_broken(mutation):
-    """The test above notices shifts that each process draws by itself, and BN that is not
-    synchronised."""
-    images = torch.rand(2, 8, 3, 8, 8, dtype=torch.float64)
-    broken = run_processes(2, _broken_steps, images, *mutation.popitem())
-    assert largest_difference(two_steps(images), broken) > 1e-6
-
-
-def _broken_steps(images, key, value):
-    return two_steps(images, **{key: value})

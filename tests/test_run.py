@@ -362,6 +362,13 @@ def test_stopped_while_evaluating(run, undisturbed, monkeypatch, method, functio
     assert same(state(Path("run")), expected)
 
 
+def test_stopped_while_saving(run, class_folders, monkeypatch):
+    save = common.Run.save
+    monkeypatch.setattr(common.Run, "save", lambda self: (send(signal.SIGTERM)(), save(self)))
+    status, output, error = run("simclr", *TINY, "--out", "run")
+    assert (status, error) == (143, "") and output.endswith("saved at step 3\n")
+
+
 @every_method
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_stopped_while_decoding(run, class_folders, monkeypatch, method, number, status):
@@ -760,9 +767,9 @@ def test_batch_that_processes_cannot_share(run, class_folders, monkeypatch, meth
     assert_one_line(run(method, *TINY, "-b", batch), 2, "--batch-size", world)
 
 
-@pytest.mark.parametrize("world, status", [("3", None), ("16", 1)])
+@pytest.mark.parametrize("world, status", [("3", None), ("16", 1), ("24", 1)])
 def test_processes_share_the_batch_of_a_resumed_run(run, stopped, monkeypatch, world, status):
-    """A batch of 24, not the recipe's 64, is what 3 processes share, and 16 do not."""
+    """A batch of 24, not the 512 of the recipe in force, is what 3 processes share; others not."""
     stopped("simclr", "-b", "24")
     monkeypatch.setenv("WORLD_SIZE", world)
     monkeypatch.setattr(common, "start_processes", lambda name: torch.device("cpu"))

@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from processes import run_processes
 from torch import nn
 
 import common
@@ -130,69 +128,3 @@ def test_recipes_have_a_flag_for_each_key():
         args = simclr.parse_args(["--recipe", recipe])
         assert {k: getattr(args, k) for k in simclr.RECIPES} == {
             k: row[i] for k, row in simclr.RECIPES.items()}
-
-
-# ---- several processes give what one process with the whole batch gives
-
-
-def tiny_model():
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
-                             nn.Linear(54, 12))
-    return SimCLR(backbone, 12, proj_dim=5).double()
-
-
-def two_steps(views, gather=common.gather, convert=common.sync_batch_norm):
-    """-> losses, parameters and buffers after two optimizer steps on this process's share."""
-    model = convert(tiny_model())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
-    share = views.shape[2] // common.world_size()
-    views = views[:, :, common.rank() * share :][:, :, :share]
-    forward = model
-    if common.world_size() > 1:
-        forward = nn.parallel.DistributedDataParallel(model)
-    losses = []
-    for view1, view2 in views:
-        z1, z2 = forward(view1, view2)
-        loss = simclr_loss(gather(z1), gather(z2), 0.5)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses, {k: v.numpy() for k, v in model.state_dict().items()}
-
-
-def gather_without_gradient(x):
-    rows = common.gather(x.detach())
-    rows = rows.unflatten(0, (common.world_size(), -1)).clone()
-    rows[common.rank()] = x
-    return rows.flatten(0, 1)
-
-
-def largest_difference(one, several):
-    """Over losses and all entries of the state of every process."""
-    largest = 0.0
-    for losses, state in several:
-        largest = max(largest, *(abs(a - b) for a, b in zip(losses, one[0])))
-        for key, value in state.items():
-            largest = max(largest, float(abs(value - one[1][key]).max()))
-    return largest
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_processes_equal_one(world):
-    views = torch.randn(2, 2, 8, 3, 8, 8, dtype=torch.float64)
-    assert largest_difference(two_steps(views), run_processes(world, two_steps, views)) < 1e-12
-
-
-@pytest.mark.parametrize("mutation", [{"gather": gather_without_gradient},
-                                      {"convert": nn.Module.train}])
-def test_processes_differ_from_one_when_broken(mutation):
-    """The test above notices a gather without gradient, and BN that is not synchronised."""
-    views = torch.randn(2, 2, 8, 3, 8, 8, dtype=torch.float64)
-    broken = run_processes(2, _broken_steps, views, *mutation.popitem())
-    assert largest_difference(two_steps(views), broken) > 1e-6
-
-
-def _broken_steps(views, key, value):
-    return two_steps(views, **{key: value})

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import run_processes
 from torch import nn
 
 import common
@@ -170,51 +169,3 @@ def spread_after_training(loss_function=simsiam_loss, predictor=True):
 def test_without_stop_gradient_or_predictor_it_collapses_and_the_health_number_shows_it(broken):
     assert spread_after_training() > 0.95
     assert spread_after_training(**broken) < 0.75
-
-
-# ---- several processes give what one process with the whole batch gives
-
-
-def two_steps(views, convert=common.sync_batch_norm):
-    """-> losses; parameters and buffers after two optimizer steps on this process's share."""
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
-                             nn.Linear(54, 12))
-    model = convert(SimSiam(backbone, 12, proj_dim=8, pred_dim=4).double())
-    optimizer = make_optimizer(model, 0.01)
-    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.3
-    share = views.shape[2] // common.world_size()
-    views = views[:, :, common.rank() * share :][:, :, :share]
-    forward = model
-    if common.world_size() > 1:
-        forward = nn.parallel.DistributedDataParallel(model)
-    losses = []
-    for view1, view2 in views:
-        loss = simsiam_loss(*forward(view1, view2))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(common.all_sum(loss.detach()).item() / common.world_size())
-    return losses, {k: v.numpy() for k, v in model.state_dict().items()}
-
-
-def largest_difference(one, several):
-    """Over losses and all entries of the state of every process."""
-    largest = 0.0
-    for losses, state in several:
-        largest = max(largest, *(abs(a - b) for a, b in zip(losses, one[0])))
-        for key, value in state.items():
-            largest = max(largest, float(abs(value - one[1][key]).max()))
-    return largest
-
-
-def test_processes_equal_one():
-    views = torch.randn(2, 2, 8, 3, 8, 8, dtype=torch.float64)
-    assert largest_difference(two_steps(views), run_processes(2, two_steps, views)) < 1e-12
-
-
-def test_processes_differ_from_one_without_synchronised_bn():
-    """The test above notices it."""
-    views = torch.randn(2, 2, 8, 3, 8, 8, dtype=torch.float64)
-    broken = run_processes(2, two_steps, views, nn.Module.train)
-    assert largest_difference(two_steps(views), broken) > 1e-6

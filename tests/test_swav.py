@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from processes import run_processes
 from torch import nn
 
 import common
@@ -290,7 +289,7 @@ def test_small_crops_are_the_smaller_ones():
     assert end.value.code == 2
 
 
-# ---- the training loop itself, on given images, in float64; several processes equal one
+# ---- the training loop itself, on given images, in float64
 
 FLAGS = ("--recipe imagenet --image-size 12 --small-size 8 --small-crops 3 --num-prototypes 6 "
          "--proj-dim 5 -b 8 --epochs 5 --warmup-epochs 0 --lr 9 --wd 0.1").split()
@@ -300,8 +299,8 @@ class GivenRun:
     """Stands for common.Run: five epochs of one step each on random images."""
 
     def __init__(self, method, args):
-        self.batch, self.losses = args.batch_size, []
-        self.peak_lr, self.total_steps, self.steps_per_epoch, self.warmup_steps = args.lr, 5, 1, 0
+        self.batch, self.peak_lr = args.batch_size, args.lr
+        self.total_steps, self.steps_per_epoch, self.warmup_steps = 5, 1, 0
         torch.manual_seed(0)
         GivenRun.last = self
 
@@ -309,9 +308,8 @@ class GivenRun:
         return backbone
 
     def start(self, model, optimizer, backbone):
-        self.model, self.optimizer = common.sync_batch_norm(model.double()), optimizer
-        several = common.world_size() > 1
-        return nn.parallel.DistributedDataParallel(model) if several else model
+        self.model, self.optimizer = model.double(), optimizer
+        return model
 
     def save_views(self, *augments):
         self.augments = augments
@@ -319,9 +317,8 @@ class GivenRun:
     def steps(self):
         images = torch.randn(5, self.batch, 3, 12, 12, dtype=torch.float64,
                              generator=torch.Generator().manual_seed(1))
-        share = self.batch // common.world_size()
         for step in range(5):
-            yield step, images[step, common.rank() * share :][:share], torch.ones(share)
+            yield step, images[step], torch.ones(self.batch)
 
     def autocast(self):
         return torch.autocast("cpu", enabled=False)
@@ -331,7 +328,6 @@ class GivenRun:
 
     def log(self, step, loss, lr, chance, code_entropy):
         assert chance == math.log(6) and 0 < code_entropy < 1
-        self.losses.append(common.all_sum(loss.detach()).item() / common.world_size())
 
     def sample(self, count):
         return torch.rand(20, 3, 12, 12, dtype=torch.float64) * 255, torch.ones(20)
@@ -343,8 +339,8 @@ class GivenRun:
         pass
 
 
-def run_loop(*flags, mutate=None):
-    """-> losses, and the parameters and buffers after five steps of swav.train."""
+def run_loop(*flags):
+    """Five steps of swav.train."""
     calls = itertools.count(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "Run", GivenRun)
@@ -355,15 +351,11 @@ def run_loop(*flags, mutate=None):
             lambda images, aspect: images[:, :, :size, :size].roll(next(calls), 3)))
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         patch.setattr(common, "eval_view", lambda images, aspect, size: images)
-        if mutate:
-            patch.setattr(*mutate)
         torch.manual_seed(0)
         for module in backbone.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         swav.train(swav.parse_args([*FLAGS, *flags]))
-    run = GivenRun.last
-    return run.losses, {k: v.numpy() for k, v in run.model.state_dict().items()}
 
 
 def test_prototypes_are_of_unit_length_at_every_forward(monkeypatch):
@@ -419,43 +411,3 @@ def test_two_large_and_the_small_views():
     images = torch.zeros(1, 3, 12, 12)
     sizes = [augment(images, None).shape[-1] for augment in GivenRun.last.augments]
     assert sizes == [12, 12, 8, 8, 8]
-
-
-QUEUE = "--queue-size", "16", "--queue-epoch", "1"
-
-
-def largest_difference(one, several):
-    """Over losses and all entries of the state of every process."""
-    largest = 0.0
-    for losses, state in several:
-        largest = max(largest, *(abs(a - b) for a, b in zip(losses, one[0])))
-        for key, value in state.items():
-            largest = max(largest, float(abs(value - one[1][key]).max()))
-    return largest
-
-
-@pytest.mark.parametrize("flags", [(), QUEUE])
-def test_processes_equal_one(flags):
-    assert largest_difference(run_loop(*flags), run_processes(2, run_loop, *flags)) < 1e-12
-
-
-def gather_own(x):
-    """Codes from this process's images only, as if the others had the same."""
-    return x.repeat(common.world_size(), 1)
-
-
-def gather_reversed(x, gather=common.gather):
-    """Codes of the other process's images."""
-    return gather(x).unflatten(0, (common.world_size(), -1)).flip(0).flatten(0, 1)
-
-
-@pytest.mark.parametrize("name, broken", [
-    ("gather", gather_own), ("gather", gather_reversed), ("sync_batch_norm", nn.Module.train)])
-def test_processes_differ_from_one_when_broken(name, broken):
-    """The test above notices codes of a process by itself, those of others, and BN of its own."""
-    several = run_processes(2, _broken_loop, (f"common.{name}", broken))
-    assert largest_difference(run_loop(), several) > 1e-6
-
-
-def _broken_loop(mutate):
-    return run_loop(mutate=mutate)

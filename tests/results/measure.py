@@ -186,7 +186,7 @@ def measure(args):
     """Run what is missing -> the exit status."""
     gpu = args.group.startswith("gpu")
     if args.flags:  # a trial is neither continued nor kept as the run without its flags
-        if args.results == HERE:
+        if args.results.resolve() == HERE:
             sys.exit("--flags is for a trial: give it --results, a folder of its own")
         args.out = args.out / f"trial-{zlib.crc32(args.flags.encode()):08x}"
 
@@ -491,9 +491,9 @@ def rewrite(text, runs):
     the name is one of TABLES, or a run's, for the table that its script prints, or benchmark.1 for
     the first table that this command of benchmark.py printed."""
     def make(match):
-        name, _, number = match[2].partition(".")
-        made = (benchmark_table(name, number) if number else TABLES[name](runs) if name in TABLES
-                else report_table(runs[name]))
+        name, (command, _, number) = match[2], match[2].partition(".")
+        made = (TABLES[name](runs) if name in TABLES else report_table(runs[name])
+                if name in runs else benchmark_table(command, number))
         return match[1] + "\n" + made + "\n" + match[3]
 
     return re.sub(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", make, text, flags=re.DOTALL)
