@@ -33,8 +33,8 @@ their running statistics are averaged (official: the first GPU's). Any batch fit
 a true Gaussian (official: PIL's).
 
 Measured in the demonstration, top-1 in percent (of the network at random):
-built-in set, kNN 48.8 (35.0), probe 72.3 (43.4); seeds: 2
-10,000 of CIFAR-10, kNN 39.1 (31.9), probe 43.3 (35.1); seeds: 1
+built-in set, kNN 44.6 (35.4), probe 67.6 (43.0); seeds: 3
+10,000 of CIFAR-10, kNN 38.7 (32.2), probe 43.5 (34.6); seeds: 3
 """
 
 import argparse
