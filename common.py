@@ -459,12 +459,15 @@ def end_loader_processes():
 
 
 def free_memory(device):
-    """Free bytes on the device (for the CPU: what Linux calls available)."""
+    """Free bytes on the device (for the CPU: what Linux calls available, or a container's limit)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if not Path("/proc/meminfo").exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # none, or "max"
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return free
 
 
 def progress(items, what, total):

@@ -572,6 +572,22 @@ def test_streaming_gives_the_same_images(tmp_path, monkeypatch, workers):
             assert a.dtype == b.dtype and torch.equal(a, b)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="needs Linux")
+@pytest.mark.parametrize("limit, free", [("4096\n", 4096), ("max\n", None), (None, None)])
+def test_free_memory_is_at_most_the_limit_of_a_container(monkeypatch, limit, free):
+    read = Path.read_text
+
+    def read_text(path):
+        if str(path) == "/proc/meminfo":
+            return "MemTotal: 16 kB\nMemAvailable:    8 kB\n"
+        if limit is None:
+            raise FileNotFoundError
+        return limit if str(path) == "/sys/fs/cgroup/memory.max" else read(path)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert common.free_memory(torch.device("cpu")) == (free or 8192)
+
+
 def test_half_of_the_free_memory_is_used(tmp_path, monkeypatch):
     write_images(tmp_path / "images", 4)
     needed = 4 * 3 * 32 * 32
