@@ -459,7 +459,7 @@ def end_loader_processes():
 
 
 def free_memory(device):
-    """Free bytes on the device (for the CPU: what Linux calls available, or a container's limit)."""
+    """Free bytes on the device (on a CPU: what Linux calls available, or a container's limit)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if not Path("/proc/meminfo").exists():
@@ -1167,8 +1167,8 @@ class Run:
         with writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.log_file = open(path, "a")
-            try:
-                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:  # flock's would last as long as loader processes, which outlive a kill for seconds
+                fcntl.lockf(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise Failure(f"another process is writing to {self.folder}")
             except OSError:

@@ -1,6 +1,7 @@
 """Real signals to real processes, kills at every point of a save, limits on files: the run goes on
 to the same bits, and stderr has one line or none."""
 
+import contextlib
 import importlib
 import io
 import itertools
@@ -142,6 +143,24 @@ def test_killed_at_a_random_moment(run, undisturbed, method, seed):
         os.killpg(child.pid, signal.SIGKILL)
     assert ended(child)[0] in (0, -signal.SIGKILL)
     assert_continues(run, method, expected)
+
+
+def kill_at_step_2():
+    stream()
+    common.Run.steps = hook(1, before=send(signal.SIGKILL))
+
+
+def test_killed_without_its_loader_processes(run, undisturbed):
+    """They live on for seconds, and must not keep the next process from continuing."""
+    expected = undisturbed("simclr")
+    child = start("simclr", ["--workers", "2"], kill_at_step_2)
+    child.join(60)
+    try:
+        assert child.exitcode == -signal.SIGKILL
+        assert_continues(run, "simclr", expected)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 def stream():

@@ -562,13 +562,26 @@ def test_finished_run_stays_as_it_is(run, undisturbed, monkeypatch, method):
     assert same(state(Path("undisturbed")), before)
 
 
+def _lock(path, locked):
+    with open(path, "a") as log:
+        fcntl.lockf(log, fcntl.LOCK_EX)
+        locked.set()
+        time.sleep(60)
+
+
 @every_method
 def test_two_processes_on_one_folder(run, stopped, method):
     stopped(method)
     before = tree("run")
-    with open("run/log.jsonl", "a") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
+    locked = _context.Event()
+    other = _context.Process(target=_lock, args=(os.path.abspath("run/log.jsonl"), locked))
+    other.start()
+    assert locked.wait(60)
+    try:
         assert_one_line(run(method, *TINY, "--out", "run", "--resume"), 1, "run", "another process")
+    finally:
+        other.kill()
+        other.join()
     assert tree("run") == before
     assert run(method, *TINY, "--out", "run", "--resume")[0] == 0
 
