@@ -2,147 +2,123 @@
 
 The frozen backbone encodes each image once. On its features stand a weighted kNN and a linear
 classifier, beside the same network at random initialisation and raw pixels, so that one sees what
-training added; and diagnostics of collapse, which need no labels.
+training added.
 
     images ─► frozen backbone ─► features ─┬─► vote of the nearest training features ────► top-1
-                  │              (N, C)    ├─► softmax regression, its penalty chosen on
-                  │                        │   a held-out tenth of the training set ─────► top-1
-                  │                        └─► spread, rank, alignment, uniformity
+                  │              (N, C)    └─► softmax regression, its penalty chosen on
+                  │                            a held-out tenth of the training set ─────► top-1
                   └─► --layers: the same top-1 after each stage (pretext tasks: best in the middle)
 
-Run    python linear_probe.py --checkpoint runs/simclr/checkpoint.pth --data folder
+Run    python linear_probe.py --checkpoint runs/simclr/backbone.pth --data folder
        Also for files of torchvision, timm, MoCo, SimSiam, SwAV, Barlow Twins, VICReg, DINO, MAE and
        solo-learn: the architecture is read from the weights' names and shapes.
-Reuse  knn, linear_probe and diagnostics take plain tensors and need only torch.
+       --features embeddings.npz writes what the backbone makes of each image, with file names.
 
 Departures: papers train the probe by SGD on augmented views, for up to a point more, and several
 choose its rate on the test set. Here the features are those of the centre view, the fit has
 converged (--steps shows how long SGD takes), and the test set is used once.
 """
 
-import argparse
 import copy
-import hashlib
 import math
+import os
 import re
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+
+import common
+from common import Failure, progress, rank, say, world_size
 
 # --------------------------------------------------------------------------------------- features
 
 
+def centre_view(images, aspect, image_size):
+    """What evaluation sees: the central square, normalised."""
+    return common.normalize(common.central_crop(images, aspect, image_size))
+
+
 @torch.no_grad()
-def extract_features(backbone, image_set, image_size, device, view=None, indices=None):
+def extract_features(network, images, indices, view, device):
     """-> features (N, C) float32 and readable (N,) bool on `device`, in the order of `indices`.
 
     Each of W processes encodes every W-th image and gets the rows of all. view(images, aspect)
-    makes the network's input; None: the centre crop.
+    makes the network's input.
     """
-    from common import eval_view, gather, progress, rank, world_size
-
-    view = view or partial(eval_view, size=image_size)
-    indices = torch.arange(len(image_set)) if indices is None else indices
-    share = -(-len(indices) // world_size())  # of every process alike: the last rows wrap around
-    mine = indices[(torch.arange(share) * world_size() + rank()) % len(indices)].split(256)
-    rows, was_training = [], backbone.training
-    backbone.eval()
-    for images, aspect in progress(image_set.batches(mine, device), "encoding", len(mine)):
-        x = view(images, aspect)
+    (first,) = images.load([indices[:1]], device)
+    features = torch.zeros(len(indices), network(view(*first)).shape[1], device=device)
+    readable = torch.zeros(len(indices), device=device)
+    mine = torch.arange(rank(), len(indices), world_size()).split(256)
+    loaded = images.load([indices[rows] for rows in mine], device)
+    for rows, batch in zip(mine, progress(loaded, "encoding", len(mine))):
+        x, rows = view(*batch), rows.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            rows.append(backbone(x).float())
-    backbone.train(was_training)
-    readable = [i not in image_set.unreadable for i in torch.cat(mine).tolist()]
-    readable = torch.tensor(readable, dtype=torch.float32, device=device)[:, None]
-    rows = gather(torch.cat([torch.cat(rows), readable], 1)).unflatten(0, (world_size(), share))
-    rows = rows.transpose(0, 1).flatten(0, 1)[: len(indices)]
-    return rows[:, :-1], rows[:, -1] > 0
+            features[rows] = network(x).float()
+        readable[rows] = torch.tensor([float(i not in images.unreadable)
+                                       for i in indices[rows.cpu()].tolist()], device=device)
+    if world_size() > 1:
+        dist.all_reduce(features)  # in place: the rows of a million images are gigabytes
+        dist.all_reduce(readable)
+    return features, readable > 0
 
 
-class Stages(nn.Module):
-    """The features after each stage of a backbone, side by side: (B, 3, H, W) -> (B, all of them).
+class Stage(nn.Module):
+    """The features after some stages of a backbone: (B, 3, H, W) -> (B, C).
 
-    A map is averaged over a grid that leaves about `features` numbers (True: as many as the
-    backbone has at its end), because more features alone raise an accuracy. ViT: mean of the
-    patches and class token after each block and the last LayerNorm, and the last four class tokens
-    together (DINO's probe of ViT-S). `columns`: {name: those of its features}.
+    A map is averaged over a grid that leaves about `size` numbers, because more features alone
+    raise an accuracy. Of a ViT's tokens, after its last LayerNorm, the mean of the patches or the
+    class token; of several blocks, side by side.
     """
 
-    def __init__(self, backbone, features=True):
+    def __init__(self, backbone, stages, readout, size):
         super().__init__()
-        self.backbone, self.features = backbone, features
-        self.train(backbone.training)  # the mode that `extract_features` restores
+        self.backbone, self.stages, self.readout, self.size = backbone, stages, readout, size
 
     def forward(self, x):
-        net, outputs, found = self.backbone, [], {}
-        names = getattr(net, "stages", None) or [f"blocks.{i}" for i in range(len(net.blocks))]
-        hooks = [net.get_submodule(name).register_forward_hook(
-            lambda module, inputs, output: outputs.append(output)) for name in names]
-        end = net(x)
+        outputs = []
+        hooks = [self.backbone.get_submodule(stage).register_forward_hook(
+            lambda module, inputs, output: outputs.append(output)) for stage in self.stages]
+        self.backbone(x)
         for hook in hooks:
             hook.remove()
-        wanted = end.shape[1] if self.features is True else self.features
-        for name, z in zip(names, outputs):
-            if z.dim() == 3:
-                z = net.norm(z)
-                found |= {f"{name} mean": z[:, 1:].mean(1), f"{name} class": z[:, 0]}
-            else:
-                side = min(max(round((wanted / z.shape[1]) ** 0.5), 1), z.shape[2])
-                found[name] = F.adaptive_avg_pool2d(z, side).flatten(1)
-        features = torch.cat(list(found.values()), 1)
-        columns = torch.arange(features.shape[1]).split([z.shape[1] for z in found.values()])
-        last = {"last 4 class": torch.cat(columns[1::2][-4:])} if hasattr(net, "blocks") else {}
-        self.columns = last | dict(zip(found, columns))
-        return features
+        if self.readout == "map":
+            side = min(max(round((self.size / outputs[0].shape[1]) ** 0.5), 1), outputs[0].shape[2])
+            return F.adaptive_avg_pool2d(outputs[0], side).flatten(1)
+        norm = getattr(self.backbone, "norm", None) or self.backbone.encoder.ln
+        tokens = [norm(output) for output in outputs]
+        return torch.cat([z[:, 0] if self.readout == "class" else z[:, 1:].mean(1)
+                          for z in tokens], 1)
 
 
-def labelled_features(backbone, train, test, image_size, device, fraction=1.0, seed=0):
-    """-> training features and labels, test features and labels; None without labels.
-
-    fraction: of the training labels of each class, at least one. An unreadable training image is
-    left out; in the test set it is an error, because leaving it out would change the accuracy.
-    """
-    from common import Failure
-
-    if test is None or min(train.labels.max(), test.labels.max()) < 0:  # -1 = none
-        return None
-    result = []
-    for images, part in (train, fraction), (test, 1):
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-        classes = [order[images.labels[order] == c] for c in range(images.labels.max() + 1)]
-        indices = torch.cat([c[: max(1, round(part * len(c)))] for c in classes])
-        features, good = extract_features(backbone, images, image_size, device, indices=indices)
-        if images is test and not good.all():
-            name = test.names[indices[good.int().argmin().item()]]
-            raise Failure(f"test image {name!r} is unreadable; repair or remove it")
-        result += [features[good], images.labels[indices].to(device)[good]]
-    return result
-
-
-def knn_accuracy(backbone, train, test, image_size, device):
-    """kNN top-1 in percent; None without labels."""
-    found = labelled_features(backbone, train, test, image_size, device)
-    return found and knn(*found)
+def stages_of(backbone, size):
+    """{name: network that ends there}, with about `size` features each; a ViT has two readouts of
+    each block, and the last four class tokens together (DINO's probe of ViT-S)."""
+    names = getattr(backbone, "stages", [])
+    if not hasattr(backbone, "blocks") and not hasattr(backbone, "encoder"):
+        return {name: Stage(backbone, [name], "map", size) for name in names}
+    found = {f"{name} {readout}": Stage(backbone, [name], readout, size)
+             for name in names for readout in ("mean", "class")}
+    return found | {"last 4 class": Stage(backbone, names[-4:], "class", size)}
 
 
 @torch.no_grad()
-def calibrate_batch_norm(network, image_set, image_size, device, seed=0):
+def calibrate_batch_norm(network, images, image_size, device, seed=0):
     """Give the BN layers of an untrained network the mean statistics of up to 8 batches; with the
     0 and 1 that they start from, it would be a weaker baseline than random weights are."""
-    from common import eval_view
-
     norms = [m for m in network.eval().modules() if hasattr(m, "reset_running_stats")]
     for norm in norms:
         norm.reset_running_stats()
         norm.train().momentum = None  # the mean over all batches
-    order = torch.randperm(len(image_set), generator=torch.Generator().manual_seed(seed))[:2048]
-    for images, aspect in image_set.batches(order.chunk(-(-len(order) // 256)), device):
-        network(eval_view(images, aspect, image_size))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:2048]
+    for batch in images.load(order.chunk(-(-len(order) // 256)), device):
+        network(centre_view(*batch, image_size))
     network.eval()
 
 
@@ -255,25 +231,25 @@ def linear_probe(train_features, train_labels, test_features, test_labels, mlp=F
         if len(held_out) - list(held_out).index(chosen) > patience:
             break
     classifier = next(fit for setting, fit in path(x, y, classes) if setting == chosen)
-    probe = top1(classifier, test_x, test_labels)
-    result = {"probe": probe, "chosen": chosen, "held_out": held_out}
+    result = {"probe": top1(classifier, test_x, test_labels), "chosen": chosen, "held_out": held_out}
     if steps:
         path = sgd_path(x, y, classes, chosen)
         result["steps"] = {n: top1(fit, test_x, test_labels) for n, fit in path}
     return result
 
 
-def accuracies(found, mlp=False, steps=False):
-    """Of `labelled_features`' result -> knn, what `linear_probe` gives, and of an MLP top-1 and
-    epochs, in one dict."""
-    result = {"knn": knn(*found), **linear_probe(*found, steps=steps)}
-    if mlp:
-        fit = linear_probe(*found, mlp=True)
-        result |= {"mlp": fit["probe"], "epochs": fit["chosen"]}
-    return result
-
-
 # ----------------------------------------------------------------------------------------- report
+
+
+def alignment(z1, z2, alpha=2):
+    """E ‖f(x) - f(y)‖^α of unit f, over views x, y of an image: 0 invariant (2005.10242)."""
+    return (F.normalize(z1, dim=1) - F.normalize(z2, dim=1)).norm(dim=1).pow(alpha).mean()
+
+
+def uniformity(z, t=2):
+    """log E exp(-t ‖f(x) - f(y)‖²) of unit f over pairs of images: 0 collapsed, about -4 spread in
+    all directions (2005.10242)."""
+    return F.pdist(F.normalize(z, dim=1)).square().mul(-t).exp().mean().log()
 
 
 @torch.no_grad()
@@ -284,119 +260,143 @@ def diagnostics(z1, z2):
                     (between them where f comes from a ReLU)
     effective_rank  exp(entropy of the shares of the singular values), 1 to D: RankMe (2210.02885),
                     but of centred features, as a mean tells no images apart
-    alignment       E ‖f(x) - f(y)‖² of unit f, over views x, y of an image: 0 invariant
-    uniformity      log E exp(-2 ‖f(x) - f(y)‖²) over pairs of images: 0 collapsed, about -4 all
-                    directions alike (both: Wang and Isola, 2005.10242)
     """
     singular = torch.linalg.svdvals(z1 - z1.mean(0))
     share = singular / singular.sum().clamp(min=torch.finfo(z1.dtype).tiny)
-    f1, f2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
+    f1 = F.normalize(z1, dim=1)
     return {"spread": f1.shape[1] ** 0.5 * f1.std(0).mean().item(),
-            "effective_rank": torch.special.entr(share).sum().exp().item(),
-            "alignment": (f1 - f2).square().sum(1).mean().item(),
-            "uniformity": F.pdist(f1).square().mul(-2).exp().mean().log().item()}
+            "effective rank": torch.special.entr(share).sum().exp().item(),
+            "alignment": alignment(z1, z2).item(), "uniformity": uniformity(z1).item()}
 
 
-def digest(backbone):
-    """16 hex digits of the SHA-256 of all weights and buffers."""
-    tensors = backbone.state_dict().values()
-    return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in tensors)).hexdigest()[:16]
+def labelled(images, fraction=1.0, seed=0):
+    """-> indices of the images with a label; of each class a fraction, at least one."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    classes = [order[images.labels[order] == c] for c in range(images.labels.max() + 1)]
+    return torch.cat([c[: max(1, round(fraction * len(c)))] for c in classes])
 
 
-def evaluate(backbone, initial, train, test, image_size, device, mlp=False, labels=1.0, seed=0,
+def evaluate(backbone, initial, train, test, image_size, device, labels=1.0, seed=0, mlp=False,
              layers=False, steps=False):
-    """-> dict for `print_report`: diagnostics and accuracies of the backbone, of `initial` (the
-    same architecture, untrained) and of raw pixels.
-
-    labels: fraction of the training labels to use. mlp, steps: as for `accuracies`. layers: those
-    of `Stages`, too, with about so many features each; the best is chosen by held-out accuracy.
-    The backbone stays frozen; `Failure` if it changed. Only rank 0 has the accuracies.
-    """
-    from common import (Augment, ColorJitter, Failure, Normalize, RandomHorizontalFlip,
-                        RandomResizedCrop, rank)
-
-    view = Augment([RandomResizedCrop(image_size, scale=(0.2, 1)), RandomHorizontalFlip(0.5),
-                    ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), Normalize()])
-    viewed = test or train
-    sample = torch.arange(0, len(viewed), -(-len(viewed) // 2048))  # at most 2048, of all classes
+    """Prints and returns what the frozen backbone, `initial` (the same network, untrained) and raw
+    pixels are worth: {name: accuracies}; the images; with `layers`, the best stage by held-out
+    accuracy. labels: fraction of the training labels to use. Only the first process has it all."""
+    if test is None:
+        say("No labels to evaluate with. Look at nearest neighbours (linear_probe.py --neighbours), "
+            "take the features (--features), or give it a folder with classes.")
+        return {}
     pixels = nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Flatten(),  # 16: better than 32 pixels
                            nn.BatchNorm1d(768, affine=False))  # standardises
-    before, report = digest(backbone.eval().requires_grad_(False)), {}
+    view = partial(centre_view, image_size=image_size)
+    rows = labelled(train, labels, seed), labelled(test, 1.0, seed)
+    backbone.eval().requires_grad_(False)
+
+    def worth(network):
+        (x, good), (test_x, test_good) = (extract_features(network, images, indices, view, device)
+                                          for images, indices in zip((train, test), rows))
+        y, test_y = train.labels[rows[0]].to(device), test.labels[rows[1]].to(device)
+        given = x[good], y[good], test_x[test_good], test_y[test_good]
+        if rank() > 0:
+            return {}
+        found = {"knn": knn(*given), **linear_probe(*given, steps=steps and network is backbone)}
+        if mlp:
+            found |= {"mlp": (fit := linear_probe(*given, mlp=True))["probe"], "epochs": fit["chosen"]}
+        return found | {"features": x.shape[1]}
+
+    report = {}
     for name, network in {"trained": backbone, "random": initial, "pixels": pixels}.items():
         if network is not backbone:
             calibrate_batch_norm(network.to(device), train, image_size, device, seed)
-        torch.manual_seed(seed)
-        (z1, good), (z2, _) = (extract_features(network, viewed, image_size, device, view, sample)
-                               for _ in range(2))
-        row = report[name] = diagnostics(z1[good], z2[good])
-        given = train, test, image_size, device, labels, seed
-        if found := labelled_features(network, *given):
-            row |= accuracies(found, mlp, steps and network is backbone) if rank() == 0 else {}
-            report["images"] = [len(found[1]), len(found[3])]
-            report["chance"] = 100 * found[3].bincount().max().item() / len(found[3])
-        if found and layers and network is not pixels:
-            stages = Stages(network, layers)
-            x, y, test_x, test_y = labelled_features(stages, *given)
-            row["layers"] = {name: accuracies((x[:, c], y, test_x[:, c], test_y), mlp)
-                             | {"features": len(c)} for name, c in stages.columns.items()
-                             if rank() == 0}
-    if found := report["trained"].get("layers"):
-        report["best_layer"] = max(found, key=lambda s: max(found[s]["held_out"].values()))
-        report["last_layer"] = list(found)[-1]
-    trainable = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
-    if trainable or backbone.training or digest(backbone) != before:
-        raise Failure("the backbone changed while it was evaluated: the results are void")
-    report["frozen"] = f"{trainable} trainable weights, SHA-256 {before} before and after"
+        report[name] = worth(network)
+        if layers and network is not pixels:
+            size = layers if layers > 1 else backbone.feature_dim
+            report[name]["layers"] = {stage: worth(net) for stage, net
+                                      in stages_of(network, size).items()}
+    report["images"] = [len(indices) for indices in rows]
+    report["chance"] = 100 * test.labels[rows[1]].bincount().max().item() / len(rows[1])
+    if rank() == 0:
+        print_report(report)
     return report
 
 
 def print_report(report):
-    """A line for each representation, accuracies in percent; then the choice and the proof."""
-    trained = report["trained"]
-    tops = ["knn", "probe", *["mlp"] * ("mlp" in trained)]
-    columns = [*tops, "spread", "effective_rank", "alignment", "uniformity"]
-    print("       ", *(f"{column:>14}" for column in columns))
+    """A row for each representation, top-1 in percent; how they were obtained; then the stages."""
+    trained, tops = report["trained"], ["knn", "probe", *["mlp"] * ("mlp" in report["trained"])]
+    print(f"{'':8}{'kNN':>8}{'linear probe':>16}" + f"{'MLP probe':>14}" * ("mlp" in trained))
     for name in "trained", "random", "pixels":
-        print(f"{name:7}", *(f"{report[name].get(column, math.nan):14.2f}" for column in columns))
-    if "chance" in report:
-        choices = ", ".join(f"{s:.2g}: {top1:.1f}" for s, top1 in trained["held_out"].items())
-        print("chance {chance:.1f}; {images[0]} training, {images[1]} test images".format(**report))
-        print(f"probe: chose {trained['chosen']:.2g} by held-out accuracy ({choices})")
-    else:
-        print("nothing to measure accuracy on: no labels, or no test images")
+        print(f"{name:8}" + "".join(f"{report[name][top]:{width}.1f}"
+                                    for top, width in zip(tops, (8, 16, 14))))
+    print("Percent right of {1:,} test images (chance: {2:.1f}), by a vote of the 200 nearest of {0:,} "
+          "training images\nand by a linear classifier, on frozen features; of this network trained, "
+          "of the same at random, of raw pixels.".format(*report["images"], report["chance"]))
     if "steps" in trained:
         curve = ", ".join(f"{n}: {top1:.1f}" for n, top1 in trained["steps"].items())
-        print(f"probe by steps of SGD: {curve}; converged: {trained['probe']:.1f}")
-    if layers := trained.get("layers"):
-        print(f"{'stage':14}", *(f"{name:>8}" for top in tops for name in (top, "random")))
-        for name, row in layers.items():
+        print(f"linear probe by steps of SGD: {curve}; converged: {trained['probe']:.1f}")
+    if stages := trained.get("layers"):
+        print(f"{'stage':24}" + "".join(f"{top:>8}{'random':>8}" for top in tops) + "  features")
+        for name, row in stages.items():
             both = [r[top] for top in tops for r in (row, report["random"]["layers"][name])]
-            print(f"{name:14}", *(f"{top1:8.2f}" for top1 in both), f"  {row['features']} features")
-        for kind, how in ("best", " (by held-out accuracy)"), ("last", ""):
-            name = report[f"{kind}_layer"]
-            print(f"{kind} stage{how}: {name}, probe {layers[name]['probe']:.2f}")
-    print("frozen:", report["frozen"])
+            print(f"{name:24}" + "".join(f"{top1:8.1f}" for top1 in both), f"{row['features']:9}")
+        best = max(stages, key=lambda name: max(stages[name]["held_out"].values()))
+        report["best_layer"], report["last_layer"] = best, list(stages)[-1]
+        print(f"best stage by held-out training images: {best}, linear probe "
+              f"{stages[best]['probe']:.1f} (random {report['random']['layers'][best]['probe']:.1f})")
 
 
-def save_neighbours(rows, sets, image_size, device, path):
-    """Draw eight images of the last set, each with the seven nearest of the first by cosine
-    similarity. rows: the features (N, C) of each set."""
-    from common import denormalize, eval_view, writing
-    from torchvision.utils import save_image
+def save_features(backbone, sets, root, view, device, path):
+    """One .npz for all sets: features (N, C), names, labels (-1: none) and classes, in the order of
+    the files' names; unreadable images are left out."""
+    rows = []
+    for images in sets:
+        features, good = extract_features(backbone, images, torch.arange(len(images)), view, device)
+        names = [os.path.relpath(source, root) if isinstance(source, str) else name
+                 for source, name in zip(images.source, images.names)]
+        rows += zip(names, images.labels.tolist(), features.cpu().numpy(), good.tolist())
+    rows = sorted((row for row in rows if row[3]), key=lambda row: row[0])
+    names, labels, features, _ = zip(*rows)
+    if rank() == 0:
+        with common.writing(path), open(path, "wb") as file:
+            np.savez(file, features=np.stack(features), names=np.array(names),
+                     labels=np.array(labels), classes=np.array(sets[0].classes))
+        print(f"wrote {len(rows):,} rows of {len(features[0])} features to {path}")
 
-    queries = torch.linspace(0, len(sets[-1]) - 1, min(8, len(sets[-1]))).long()
-    similarity = F.normalize(rows[-1][queries], dim=1) @ F.normalize(rows[0], dim=1).T
-    if len(sets) == 1:
-        similarity[torch.arange(len(queries)), queries] = -math.inf  # it is no neighbour of itself
-    nearest = similarity.topk(min(7, len(sets[0]))).indices
-    query, near = (denormalize(eval_view(*next(images.batches([i.flatten()], device)), image_size))
-                   for images, i in ((sets[-1], queries), (sets[0], nearest)))
-    table = torch.cat([query[:, None], near.unflatten(0, nearest.shape)], 1)
-    with writing(path):
-        save_image(table.flatten(0, 1), path, nrow=table.shape[1], format="png")
+
+def save_neighbours(backbone, train, test, image_size, device, path):
+    """Draw eight images, of the test set where there is one, each with its seven nearest of the
+    training set by cosine similarity."""
+    view, queries = partial(centre_view, image_size=image_size), test or train
+    some = torch.arange(0, len(queries), -(-len(queries) // 8))
+    (x, _), (bank, _) = (extract_features(backbone, images, rows, view, device) for images, rows
+                         in ((queries, some), (train, torch.arange(len(train)))))
+    similarity = F.normalize(x, dim=1) @ F.normalize(bank, dim=1).T
+    if test is None:
+        similarity[torch.arange(len(some)), some] = -math.inf  # it is no neighbour of itself
+    nearest = similarity.topk(min(7, len(train))).indices.cpu()
+    query, near = (common.denormalize(view(*next(images.load([rows.flatten()], device))))
+                   for images, rows in ((queries, some), (train, nearest)))
+    if rank() == 0:
+        common.save_picture(path, query, *near.unflatten(0, nearest.shape).unbind(1))
 
 
 # ------------------------------------------------------------------------------------ checkpoints
+
+TIMM_NAMES = {  # parts of timm's names, as patterns, and torchvision's
+    r"cls_token": "class_token", r"pos_embed": "encoder.pos_embedding",
+    r"patch_embed\.proj": "conv_proj", r"norm": "encoder.ln",
+    r"blocks\.(\d+)": r"encoder.layers.encoder_layer_\1", r"norm1": "ln_1", r"norm2": "ln_2",
+    r"attn\.qkv\.": "self_attention.in_proj_", r"attn\.proj": "self_attention.out_proj",
+    r"mlp\.fc1": "mlp.0", r"mlp\.fc2": "mlp.3"}
+
+
+def timm_to_torchvision(weights):
+    """{name in timm's ViT: tensor} -> {name in torchvision's: tensor}; torchvision's stay as they
+    are. What it has no name for (layer scale, norms of q and k) a strict load will refuse."""
+    renamed = {}
+    for name, tensor in weights.items():
+        for timm, torchvision in TIMM_NAMES.items():
+            name = re.sub(rf"\b{timm}\b", torchvision, name)
+        renamed[name] = tensor
+    return renamed
 
 
 def find_weights(value, name=""):
@@ -407,136 +407,143 @@ def find_weights(value, name=""):
 
 
 def read_backbone(path):
-    """-> the weights of the backbone in a file, {name without prefix: tensor}; the run's arguments.
+    """-> the weights of the backbone in a file, {name without prefix: tensor}, and what else is
+    known of it: arguments of the run, num_heads, stem_padding.
 
     Of several networks: DINO evaluates the teacher, BYOL and MoCo not the target or key encoder.
     """
-    from common import Failure, read_file
-
-    checkpoint = read_file(path)
+    checkpoint = common.read_file(path)
+    if isinstance(checkpoint, nn.Module) or not isinstance(checkpoint, dict):
+        raise Failure(f"{path} holds a {type(checkpoint).__name__}: save its state_dict()")
     found = find_weights(checkpoint)
-    first = re.compile(r"(|.*\.)(layer1\.0\.conv1|patch_embed\.proj|features\.0)\.weight")
+    first = re.compile(r"(|.*\.)(layer1\.0\.conv1|patch_embed\.proj|conv_proj|features\.0.*)\.weight")
     prefixes = [match[1] for match in map(first.fullmatch, found) if match]
-    if not prefixes:
-        raise Failure(f"{path} holds no backbone: no layer1.0, patch_embed.proj or features.0")
     last = re.compile("student|target|momentum|key|encoder_k")
-    prefix = min(prefixes, key=lambda p: 0 if "teacher" in p else 2 if last.search(p) else 1)
-    own = r"(conv1|bn1|layer\d|features|cls_token|pos_embed|patch_embed|blocks|norm)(\..+)?"
+    prefix = min(prefixes, key=lambda p: 0 if "teacher" in p else 2 if last.search(p) else 1, default="")
     weights = {name.removeprefix(prefix): tensor for name, tensor in found.items()
-               if name.startswith(prefix) and re.fullmatch(own, name.removeprefix(prefix))}
+               if name.startswith(prefix)}
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise Failure(f"{path} holds weights that are not finite: its training has diverged")
-    args = checkpoint["args"] if isinstance(checkpoint.get("args"), dict) else {}
-    bias = weights.get("patch_embed.proj.bias", torch.ones(1))
+    head = re.compile(r"(fc|head|heads|classifier|proj|pred|decoder|mask_token|prototypes|queue|fc_norm)")
+    unused = sorted({name.split(".")[0] for name in weights if head.match(name)})
+    if unused:
+        say(f"{path}: not used: {', '.join(unused)}")
+    weights = {name: tensor for name, tensor in weights.items() if not head.match(name)}
+    known = dict(checkpoint["args"]) if isinstance(checkpoint.get("args"), dict) else {}
+    bias = weights.get("patch_embed.proj.bias", weights.get("conv_proj.bias", torch.ones(1)))
     if len(bias) == 384 and ("base_encoder" in prefix or not bias.any()):  # not trained: MoCo v3's
-        args = args | {"num_heads": 12}
-    return weights, args
+        known["num_heads"] = 12
+    known["stem_padding"] = 2 if "pytorch-lightning_version" in checkpoint else 1  # solo-learn's
+    return weights, known
 
 
-def build(weights, args):
+def build(weights, known, image_size=None):
     """-> the untrained network with these weights' names and shapes; its image size in pixels."""
 
     def count(pattern):
         return len({match[1] for name in weights if (match := re.match(pattern, name))})
 
+    if known.get("arch", "resnet").split("x")[0] not in (*common.DEPTHS, "resnet") and "conv_proj.weight" not in weights:
+        size = image_size or known.get("image_size", 224)
+        return common.make_backbone(known["arch"], size), size
     if "conv1.weight" in weights:
-        from common import ResNet
-        from torchvision.models.resnet import BasicBlock, Bottleneck
-
         block = Bottleneck if "layer1.0.conv3.weight" in weights else BasicBlock
         layers = tuple(count(rf"layer{i}\.(\d+)\.") for i in range(1, 1 + count(r"layer(\d)\.")))
         channels, _, kernel, _ = weights["conv1.weight"].shape
         # the stride of a 3×3 stem leaves no trace; three stages are our resnet8 or 20, of stride 2
         stem = "imagenet" if kernel == 7 else "tiny" if len(layers) == 3 else "cifar"
-        return ResNet(block, layers, channels / 64, stem), 224 if kernel == 7 else 32
-    if "features.0.weight" in weights:
-        from common import make_backbone
+        network = common.ResNet(block, layers, channels / 64, stem)
+        if kernel == 3:
+            network.conv1.padding = (known["stem_padding"],) * 2
+            say(f"assuming that the 3x3 stem pads by {known['stem_padding']} (--stem-padding)")
+        return network, image_size or known.get("image_size", 224 if kernel == 7 else 32)
+    dim, _, patch_size, _ = weights["conv_proj.weight"].shape
+    grid = round((weights["encoder.pos_embedding"].shape[1] - 1) ** 0.5)
+    num_heads = known.get("num_heads") or (16 if dim == 1280 else dim // 64)  # 1280: MAE's huge
+    size = image_size or known.get("image_size", grid * patch_size)
+    if size % patch_size:
+        raise Failure(f"--image-size {size} is no multiple of the ViT's patches of {patch_size} pixels")
+    network = VisionTransformer(size, patch_size, count(r"encoder\.layers\.(\w+)\."), num_heads, dim,
+                                4 * dim)
+    network.heads, network.feature_dim = nn.Identity(), dim
+    network.stages = [f"encoder.layers.{name}" for name, _ in network.encoder.layers.named_children()]
+    return network, size
 
-        depth = 3 + count(r"features\.(\d+)\.running_mean")
-        width = max(bias.numel() for name, bias in weights.items() if name.endswith("bias")) / 512
-        return make_backbone(f"vgg{depth}_bnx{width}", 224), 224
-    from dino import ViT
 
-    dim, _, patch, _ = weights["patch_embed.proj.weight"].shape
-    side = patch * round((weights["pos_embed"].shape[1] - 1) ** 0.5)
-    heads = args.get("num_heads") or (16 if dim == 1280 else dim // 64)  # 1280: MAE's huge
-    return ViT(side, patch, dim, count(r"blocks\.(\d+)\."), heads), side
-
-
-def load_backbone(path, image_size=None):
-    """-> the backbone in a file, the same untrained, the image size in pixels (None: its own)."""
-    from common import Failure
-
-    weights, args = read_backbone(path)
+def load_backbone(path, image_size=None, **more):
+    """-> the backbone in a file, the same untrained, the image size in pixels (None: its own).
+    more: what the file does not tell, arch or stem_padding."""
+    weights, known = read_backbone(path)
+    known |= {name: value for name, value in more.items() if value is not None}
+    if "patch_embed.proj.weight" in weights:
+        weights = timm_to_torchvision(weights)
     try:
-        backbone, size = build(weights, args)
+        backbone, size = build(weights, known, image_size)
         initial = copy.deepcopy(backbone)
+        if isinstance(backbone, VisionTransformer):
+            weights = interpolate_embeddings(size, backbone.patch_size, weights)
         backbone.load_state_dict(weights)
-    except (ImportError, LookupError, RuntimeError, ValueError) as error:
+    except (AssertionError, LookupError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise Failure(f"{path} holds no backbone that is known here: {reason}") from error
-    return backbone, initial, image_size or args.get("image_size", size)
+        raise Failure(f"{path} holds no backbone that is known here (--arch?): {reason}") from error
+    return backbone, initial, size
+
+
+def load_init(backbone, path):
+    """The weights of --init into a method's backbone; nothing without a path."""
+    if path:
+        weights, _ = read_backbone(path)
+        if isinstance(backbone, VisionTransformer):
+            weights = timm_to_torchvision(weights)
+        try:
+            backbone.load_state_dict(weights)
+        except RuntimeError as error:
+            raise Failure(f"--init {path} does not fit --arch: {' '.join(str(error).split())[:200]}")
 
 
 # ---------------------------------------------------------------------------------------- command
 
+FLAGS = {name: common.FLAGS[name] for name in ("data", "image_size", "max_images", "workers",
+                                               "device", "seed")} | {
+    "checkpoint": (str, None, None, "checkpoint or backbone file"),
+    "arch": (common.architecture, None, None, "network of the file, where it does not tell"),
+    "stem_padding": (int, 1, 2, "of a 3x3 stem, which leaves no trace; 2 is solo-learn's"),
+    "labels": (float, 1e-6, 1, "fraction of the training labels of each class to use"),
+    "mlp": (bool, None, None, "also a probe with one hidden layer of 1024 units"),
+    "layers": (int, 1, 10**6, "also after each stage, averaged to so many features; 1: as at the end"),
+    "steps": (bool, None, None, "also the probe by 10, 30, ... 10,000 steps of SGD"),
+    "diagnostics": (bool, None, None, "also signs of collapse, which need no labels"),
+    "features": (str, None, None, "write the features of all images to this .npz, with names"),
+    "neighbours": (str, None, None, "draw images and their nearest neighbours to this .png"),
+}
+
 
 def parse_args(argv=None):
-    from common import device_name, number
-
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
-    add = parser.add_argument
-    add("--checkpoint", required=True, metavar="FILE", help="checkpoint or backbone file")
-    add("--data", metavar="PATH",
-        help="folder of images, or name of a torchvision set; none: the small built-in set")
-    add("--labels", type=number(float, 0, 1, above=True), default=1.0, metavar="FRACTION",
-        help="fraction of the training labels of each class to use")
-    add("--mlp", action="store_true", help="also a probe with one hidden layer of 1024 units")
-    add("--layers", type=number(int, 1), nargs="?", const=True, default=False, metavar="FEATURES",
-        help="also after each stage, averaged to about so many features; none: as at the end")
-    add("--steps", action="store_true", help="also the probe by 10, 30, ... 10,000 steps of SGD")
-    add("--features", metavar="FILE.npy", help="write all features: training, then test images")
-    add("--neighbours", metavar="FILE.png", help="draw test images and their nearest neighbours")
-    add("--image-size", type=number(int, 8), help="side of a view in pixels; none: as in training")
-    add("--max-images", type=number(int, 2), help="use only this many training images")
-    add("-j", "--workers", type=number(int, 0), default=4, help="processes that decode images")
-    add("--device", type=device_name, help="cpu, cuda or cuda:N; none: CUDA where there is one")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="of random weights and views")
-    words = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args([re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word)
-                              for word in words])  # --max_images is --max-images
-    if args.data == "":
-        parser.error("--data is empty")
+    words = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word)
+             for word in (sys.argv[1:] if argv is None else argv)]
+    args = common.parse(words, FLAGS, {"labels": 1.0, "seed": 0, "workers": 4}, __doc__)
+    if not args.checkpoint:
+        common.wrong_arguments("--checkpoint is needed")
     return args
 
 
 def run(args):
-    from common import Failure, load_data, rank, start_processes, writing
-
-    for path in filter(None, (args.features, args.neighbours)):
-        if not Path(path).absolute().parent.is_dir():
-            raise Failure(f"cannot write {path}: no such folder")  # at once, not after hours
-    device = start_processes(args.device)
-    torch.manual_seed(args.seed)  # of the random initialisation
-    backbone, initial, size = load_backbone(args.checkpoint, args.image_size)
-    train, test = load_data(args.data, size, args.max_images, args.workers, device)
-    backbone = backbone.to(device)
-    report = evaluate(backbone, initial, train, test, size, device, args.mlp, args.labels,
-                      args.seed, args.layers, args.steps)
-    if rank() == 0:
-        print_report(report)
-    if args.features or args.neighbours:
-        sets = [train] if test is None else [train, test]
-        rows = [extract_features(backbone, images, size, device)[0].cpu() for images in sets]
-    if args.features and rank() == 0:
-        with writing(args.features):
-            np.save(args.features, torch.cat(rows).numpy())
-    if args.neighbours and rank() == 0:
-        save_neighbours(rows, sets, size, device, args.neighbours)
+    device = common.start(args.device, args.seed)
+    backbone, initial, size = load_backbone(args.checkpoint, args.image_size, arch=args.arch,
+                                            stem_padding=args.stem_padding)
+    train, test = common.load_data(args.data, size, args.max_images, args.workers, device)
+    backbone = backbone.to(device).eval()
+    view = partial(centre_view, image_size=size)
+    if args.features:
+        save_features(backbone, [train, test] if test else [train], args.data, view, device, args.features)
+    if args.neighbours:
+        save_neighbours(backbone, train, test, size, device, args.neighbours)
+    if args.diagnostics:
+        ...
+    if not (args.features or args.neighbours) or ...:
+        evaluate(backbone, initial, train, test, size, device, args.labels, args.seed, args.mlp,
+                 args.layers, args.steps)
 
 
 if __name__ == "__main__":
-    from common import main
-
-    main(run, parse_args)
+    common.main(run, parse_args)

@@ -1,12 +1,12 @@
-"""SimCLR: two views of an image are each other's label among all other images of the batch.
+"""SimCLR: of all images in the batch, find the other view of the same image.
 
 Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations" (2020,
 arXiv 2002.05709); three-layer projector: "Big Self-Supervised Models..." (v2, arXiv 2006.10029).
 Survey family: contrastive, negatives from the same batch. What prevents collapse: the negatives.
 
 Each image is augmented twice. Backbone and projector map the 2B views to 2B vectors, and a softmax
-over cosine similarities has to find, for each view, the other view of the same image. What the
-augmentation changes cannot help, so the backbone learns what it leaves alone.
+over cosine similarities has to find, for each view, the other view of the same image. So the
+backbone learns features that the augmentation does not change and that tell images apart.
 
                   ┌─ augment ─ view1 ─ backbone ─ features ─ projector ─ z1 ─┐
         image ────┤                       (shared)                           ├─ NT-Xent
@@ -16,20 +16,13 @@ augmentation changes cannot help, so the backbone learns what it leaves alone.
 Run      python simclr.py                       demonstration: built-in images, CPU, a minute
          python simclr.py --data path           a folder of images, or cifar10
          torchrun --nproc-per-node=8 simclr.py --data path
-Reuse    from simclr import SimCLR, simclr_loss         (needs torch only)
-
-Departures from the paper: pixels are normalised with ImageNet's mean and std (official code: left
-in [0, 1]); crops of small images are bilinear (official: bicubic everywhere). LARS keeps the rate
-outside the momentum buffer (official: inside), which differs only while the rate changes. The loss
-is half the official one, and so are the steps of biases and BN, which LARS does not adapt. In the
-official code only: the last BN of a residual block starts at 0.
-
-Measured in the demonstration, top-1 in percent (of the network at random):
-built-in set, kNN 86.7 (35.4), probe 94.0 (43.0); seeds: 3
-10,000 of CIFAR-10, kNN 42.8 (32.2), probe 47.8 (34.6); seeds: 3
+Reuse    from simclr import SimCLR, simclr_loss, LARS, cosine         (needs torch only)
 """
 
+import copy
 import math
+import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +66,7 @@ def simclr_loss(z1, z2, temperature):
         l(i, j) = -log  exp(sim(z_i, z_j) / τ) / Σ_{k ≠ i} exp(sim(z_i, z_k) / τ)
 
     where j is the other view of i's image, k runs over all 2B views but i, and sim is the cosine.
-    Guessing gives ln(2B - 1). The official code adds the means over both views' anchors: twice
+    Chance level: ln(2B - 1). The official code adds the means over both views' anchors: twice
     this.
     """
     z = F.normalize(torch.cat([z1, z2]), dim=1)
@@ -83,9 +76,9 @@ def simclr_loss(z1, z2, temperature):
 
 
 @torch.no_grad()
-def positive_accuracy(z1, z2):
+def positive_found(z1, z2):
     """Health: the fraction of views 1 whose positive is the most similar of all views 2. Rising,
-    and well above 1 / B, which guessing gives: (B, D), (B, D) -> scalar."""
+    and well above 1 / B, the chance level: (B, D), (B, D) -> scalar."""
     nearest = (z1 @ F.normalize(z2, dim=1).T).argmax(1)
     return (nearest == torch.arange(len(z1), device=z1.device)).float().mean()
 
@@ -93,21 +86,21 @@ def positive_accuracy(z1, z2):
 # --------------------------------------------------------------------------------- augmentation
 
 
-def make_augment(image_size, crop_scale, jitter_strength, blur):
-    """The paper's augmentation (appendix A); both views are drawn from it."""
-    from common import (Augment, ColorJitter, GaussianBlur, Normalize, RandomGrayscale,
-                        RandomHorizontalFlip, RandomResizedCrop)
+def augment(images, aspect, image_size, crop_scale, jitter_strength, blur):
+    """The paper's augmentation (appendix A): uint8 images (B, 3, S, S), squeezed to squares from
+    width / height = aspect (B,) -> views (B, 3, image_size, image_size). Both views are made by it.
+    """
+    from common import (color_jitter, gaussian_blur, normalize, random_grayscale,
+                        random_horizontal_flip, random_resized_crop)
 
     s = jitter_strength
-    return Augment([
-        RandomResizedCrop(image_size, scale=(crop_scale, 1.0),
-                          interpolation="bicubic" if image_size > 64 else "bilinear"),
-        RandomHorizontalFlip(0.5),
-        ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8),
-        RandomGrayscale(0.2),
-        GaussianBlur(blur, sigma=(0.1, 2.0)),
-        Normalize(),
-    ])
+    x = random_resized_crop(images, aspect, image_size, scale=(crop_scale, 1.0),
+                            interpolation="bicubic" if image_size > 64 else "bilinear")
+    x = random_horizontal_flip(x, p=0.5)
+    x = color_jitter(x, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
+    x = random_grayscale(x, p=0.2)
+    x = gaussian_blur(x, p=blur, sigma=(0.1, 2.0))
+    return normalize(x)
 
 
 # ------------------------------------------------------------------------------------- training
@@ -147,12 +140,12 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
-def cosine(step, total_steps, warmup_steps, start, end=0.0):
-    """Rises linearly to `start` over the warm-up, then falls to `end` on half a cosine."""
+def cosine(step, total_steps, warmup_steps, peak, end=0.0):
+    """Rises linearly to `peak` over the warm-up, then falls to `end` on half a cosine."""
     if step < warmup_steps:
-        return start * (step + 1) / warmup_steps
+        return peak * (step + 1) / warmup_steps
     t = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
+    return end + (peak - end) * (1 + math.cos(math.pi * t)) / 2
 
 
 def make_optimizer(name, model, weight_decay):
@@ -168,39 +161,57 @@ def make_optimizer(name, model, weight_decay):
 
 def train(args):
     """Algorithm 1 of the paper, once per step."""
-    from common import Run, gather, make_backbone
+    from common import (batch_that_fits, batches, gather, load_checkpoint, load_data, log,
+                        make_backbone, parallel, save_checkpoint, save_views, start, write_log)
+    from linear_probe import evaluate, load_init
 
-    run = Run("simclr", args)
-    backbone = run.init(make_backbone(args.arch, args.image_size, zero_init_residual=True))
+    device = start(args.device, args.seed, args.deterministic)
+    train_set, test_set = load_data(args.data, args.image_size, args.max_images, args.workers,
+                                    device)
+    args.batch_size = batch_that_fits(args, train_set)
+    steps_per_epoch = len(train_set) // args.batch_size
+    total_steps = args.epochs * steps_per_epoch
+    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
+    peak_lr = args.lr * args.batch_size / 256
+
+    backbone = make_backbone(args.arch, args.image_size, zero_init_residual=True)
+    initial = copy.deepcopy(backbone)  # the report's baseline
+    load_init(backbone, args.init)
     model = SimCLR(backbone, backbone.feature_dim, args.proj_dim, args.proj_layers)
+    model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
-    augment = make_augment(args.image_size, args.crop_scale, args.jitter_strength, args.blur)
-    network = run.start(model, optimizer, backbone)
-    run.save_views(augment, augment)
+    view = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale,
+                   jitter_strength=args.jitter_strength, blur=args.blur)
+    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
+    network = parallel(model, args.compile)
+    save_views(args, train_set, device, view, view)
+    saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
+    started = step, time.monotonic()
     chance = math.log(2 * args.batch_size - 1)
 
-    for step, images, aspect in run.steps():
-        lr = cosine(step, run.total_steps, run.warmup_steps, run.peak_lr)
+    for step, images, aspect in batches(train_set, args, step, device):
+        lr = cosine(step, total_steps, warmup_steps, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        view1, view2 = augment(images, aspect), augment(images, aspect)
-        with run.autocast():
+        view1, view2 = view(images, aspect), view(images, aspect)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             z1, z2 = network(view1, view2)
         z1, z2 = gather(z1.float()), gather(z2.float())  # negatives from all processes
         loss = simclr_loss(z1, z2, args.temperature)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if run.prints(step):
-            run.log(step, loss, lr, chance, accuracy=positive_accuracy(z1, z2))
-    run.finish()
+
+        done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
+        if done == 1 or done % args.print_freq == 0 or epoch_ends:
+            log(args, done, total_steps, started, lr, loss, chance,
+                positive_found=positive_found(z1, z2))
+        if epoch_ends or time.monotonic() - saved > 600:
+            saved = save_checkpoint(args, done, train_set, model, optimizer, backbone)
+    report = evaluate(backbone, initial, train_set, test_set, args.image_size, device)
+    write_log(args, {"step": total_steps, "report": report})
 
 
-# Sources: imagenet: the paper and google-research/simclr, at a batch that 80 GB hold (there: 4096):
-# hence the rate of its rule for small batches, 0.075 √B. Its decay is 1e-4, in the paper 1e-6.
-# cifar: augmentation of the same repository's README, v1's head; SGD, its rate and decay (there of
-# biases and BN too), temperature and batch of lightly's CIFAR-10 benchmark. demo: cifar's where no
-# other value was measured to be better on the built-in set.
 RECIPES = {
     "recipe":          ("demo",     "cifar",    "imagenet"),
     "arch":            ("resnet8",  "resnet18", "resnet50"),
@@ -218,24 +229,34 @@ RECIPES = {
     "jitter_strength": (0.5,        0.5,        1.0),
     "blur":            (0.0,        0.0,        0.5),
 }
+FLAGS = {  # type, lowest, highest, help, the paper's value
+    "optimizer": (("sgd", "lars"), None, None, "", "lars"),
+    "temperature": (float, 1e-3, 100, "softmax temperature, τ", "0.1"),
+    "proj_layers": (int, 2, 3, "layers of the projector", "2 in v1, 3 in v2"),
+    "proj_dim": (int, 1, 10**5, "length of z", "128"),
+    "crop_scale": (float, 1e-3, 1, "smallest crop, as a fraction of the image's area", "0.08"),
+    "jitter_strength": (float, 0, 1.25, "strength of the colour jitter, s", "1"),
+    "blur": (float, 0, 1, "fraction of views that are blurred", "0.5"),
+}
 
 
 def parse_args(argv=None):
-    from common import ArgumentParser, number
+    from common import parse_flags
 
-    parser = ArgumentParser(__doc__, RECIPES)
-    add = parser.add_argument
-    add("--optimizer", choices=("sgd", "lars"), help="the paper has LARS")
-    add("--temperature", type=number(float, 0, above=True),
-        help="softmax temperature, τ (paper: 0.1)")
-    add("--proj-layers", type=number(int, 2, 3), help="layers of the projector: v1 2, v2 3")
-    add("--proj-dim", type=number(int, 1), help="length of z (paper: 128)")
-    add("--crop-scale", type=number(float, 0, 1, above=True),
-        help="area of the smallest crop, as a fraction of the image (paper: 0.08)")
-    add("--jitter-strength", type=number(float, 0, 1.25), help="of the colour jitter, s (paper: 1)")
-    add("--blur", type=number(float, 0, 1), help="fraction of views that are blurred (paper: 0.5)")
-    return parser.parse_args(argv)
+    return parse_flags("simclr", __doc__, RECIPES, FLAGS, argv)
 
+
+# Sources. imagenet: the paper and google-research/simclr, at a batch that 80 GB hold (there 4096),
+# hence with the rate of the paper's rule for small batches, 0.075 √B; weight decay of the official
+# code (paper: 1e-6). cifar: augmentation of the same repository's README, projector of v1; SGD, its
+# rate and decay (which there reaches biases and BN too), temperature and batch of lightly's CIFAR-10
+# benchmark. demo: cifar's, where no other value was measured to be better on the built-in images.
+#
+# Departures from the paper: pixels are normalised with ImageNet's mean and std (official code: left
+# in [0, 1]); crops of small images are bilinear (official: bicubic everywhere). LARS keeps the rate
+# outside the momentum buffer (official: inside), which differs only while the rate changes. The loss
+# is half the official one, and so are the steps of biases and BN, which LARS does not adapt. In the
+# official code only: the last BN of a residual block starts at 0.
 
 if __name__ == "__main__":
     from common import main
