@@ -83,6 +83,84 @@ def positive_found(z1, z2):
     return (nearest == torch.arange(len(z1), device=z1.device)).float().mean()
 
 
+# ------------------------------------------------------ the surveys' other contrastive losses
+# (B, D), (B, D) -> scalar, the mean of L_i. s_ij = sim(z_i, z_j) / τ, i of views 1, j of views 2;
+# with 2B anchors, i is of both, s_i+ with its other view, s_ik with N = 2B - 2 of other images.
+
+
+def infonce_loss(z1, z2, temperature):
+    """InfoNCE (CPC, 1807.03748), of cosines: L_i = -log exp(s_ii) / Σ_j exp(s_ij). Chance: ln B."""
+    logits = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T / temperature
+    return F.cross_entropy(logits, torch.arange(len(z1), device=z1.device))
+
+
+def nce_loss(z1, z2, temperature):
+    """Binary NCE (as in InstDisc, 1805.01978): is ij one image, or one of k = B - 1 noise pairs?
+        L_i = -log h_ii - Σ_{j≠i} log(1 - h_ij),   h = exp(s) / (exp(s) + k) = σ(s - ln k)
+    exp(s) is p / p_n (there: times a constant). Chance, s = 0: B ln B - (B - 1) ln(B - 1)."""
+    logits = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T / temperature - math.log(len(z1) - 1)
+    labels = torch.eye(len(z1), dtype=logits.dtype, device=z1.device)
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / len(z1)
+
+
+def positives_and_negatives(z1, z2, temperature):
+    """The logits of 2B anchors, s_i+ and s_ik: (2B,), (2B, N)."""
+    z = F.normalize(torch.cat([z1, z2]), dim=1)
+    logits, image = z @ z.T / temperature, torch.arange(len(z), device=z.device) % len(z1)
+    return logits.diagonal(len(z1)).repeat(2), logits[image[:, None] != image].view(len(z), -1)
+
+
+def flatnce_loss(z1, z2, temperature):
+    """FlatNCE (2107.01152), 2B anchors: L_i = exp(v_i - sg(v_i)), v_i = log Σ_k exp(s_ik - s_i+).
+    Always 1, with the gradient of v: NT-Xent's divided by 1 - p, where p is the positive's softmax.
+    As p nears 1 in an easy batch, NT-Xent's is tiny, and at last only rounding error."""
+    positives, negatives = positives_and_negatives(z1, z2, temperature)
+    v = (negatives - positives[:, None]).logsumexp(1)
+    return (v - v.detach()).exp().mean()
+
+
+def debiased_loss(z1, z2, temperature, positive_prior=0.1):
+    """Debiased (2007.00224), 2B anchors: L_i = -log exp(s_i+) / (exp(s_i+) + N g_i),
+        g_i = max((Σ_k exp(s_ik) / N - τ+ exp(s_i+)) / (1 - τ+), exp(-1/τ))
+    τ+, positive_prior, is how often a negative is of i's class. Chance: ln(2B - 1)."""
+    return hard_negative_loss(z1, z2, temperature, positive_prior, concentration=0.0)
+
+
+def hard_negative_loss(z1, z2, temperature, positive_prior=0.1, concentration=1.0):
+    """Hard negatives (2010.04592): debiased_loss, but in its mean over k exp(s_ik) has a weight
+    ∝ exp(β s_ik), differentiated too. Concentration β = 0: debiased_loss; τ+ = 0 too: NT-Xent."""
+    positives, negatives = positives_and_negatives(z1, z2, temperature)
+    log_mean = ((concentration * negatives).log_softmax(1) + negatives).logsumexp(1)
+    log_share = positives - log_mean + math.log(max(positive_prior, 1e-300))  # false negatives
+    log_share = log_share.clamp(max=-torch.finfo(z1.dtype).tiny)  # 1 and above: the floor's case
+    log_g = log_mean + (-torch.expm1(log_share)).log() - math.log(1 - positive_prior)
+    log_g = log_g.clamp(min=-1 / temperature)  # all in logarithms, as exp(1/τ) may overflow
+    return -F.logsigmoid(positives - log_g - math.log(negatives.shape[1])).mean()
+
+
+def alignment(z1, z2, alpha=2):
+    """E ‖z1 - z2‖^α of unit z (2005.10242), 0 if invariant: (B, D), (B, D) -> scalar."""
+    return (F.normalize(z1, dim=1) - F.normalize(z2, dim=1)).norm(dim=1).pow(alpha).mean()
+
+
+def uniformity(z, t=2):
+    """log E exp(-t ‖z_i - z_j‖²), i ≠ j, unit z: 0 collapsed, -2t spread out: (B, D) -> scalar."""
+    z = F.normalize(z, dim=1)
+    logits = (2 * t * (z @ z.T - 1)).fill_diagonal_(-math.inf)  # ‖z_i - z_j‖² = 2 - 2 z_i·z_j
+    return logits.logsumexp((0, 1)) - math.log(len(z) * (len(z) - 1))
+
+
+def alignment_uniformity_loss(z1, z2, temperature):
+    """Alignment + uniformity of both views, a mean. t = 1 / (2τ), so the paper's 2 is τ = 0.25."""
+    t = 1 / (2 * temperature)
+    return alignment(z1, z2) + (uniformity(z1, t) + uniformity(z2, t)) / 2
+
+
+LOSSES = {"nt-xent": simclr_loss, "infonce": infonce_loss, "nce": nce_loss, "flatnce": flatnce_loss,
+          "debiased": debiased_loss, "hard": hard_negative_loss,
+          "alignment": alignment_uniformity_loss}
+
+
 # --------------------------------------------------------------------------------- augmentation
 
 
@@ -187,7 +265,7 @@ def train(args):
     save_views(args, train_set, device, view, view)
     saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
     started = step, time.monotonic()
-    chance = math.log(2 * args.batch_size - 1)
+    chance = math.log(2 * args.batch_size - 1) if args.loss == "nt-xent" else None
 
     for step, images, aspect in batches(train_set, args, step, device):
         lr = cosine(step, total_steps, warmup_steps, peak_lr)
@@ -197,7 +275,7 @@ def train(args):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             z1, z2 = network(view1, view2)
         z1, z2 = gather(z1.float()), gather(z2.float())  # negatives from all processes
-        loss = simclr_loss(z1, z2, args.temperature)
+        loss = LOSSES[args.loss](z1, z2, args.temperature)  # simclr_loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -219,6 +297,7 @@ RECIPES = {
     "epochs":          (5,          200,        100),
     "warmup_epochs":   (0.5,        10,         10),
     "batch_size":      (64,         512,        512),
+    "loss":            ("nt-xent",  "nt-xent",  "nt-xent"),
     "optimizer":       ("sgd",      "sgd",      "lars"),
     "lr":              (0.48,       0.12,       0.85),
     "weight_decay":    (5e-4,       5e-4,       1e-4),
@@ -230,7 +309,8 @@ RECIPES = {
     "blur":            (0.0,        0.0,        0.5),
 }
 FLAGS = {  # type, lowest, highest, help, the paper's value
-    "optimizer": (("sgd", "lars"), None, None, "", "lars"),
+    "loss": (tuple(LOSSES), None, None, "the contrastive loss", "nt-xent"),
+    "optimizer": (("sgd", "lars"), None, None, "optimizer", "lars"),
     "temperature": (float, 1e-3, 100, "softmax temperature, τ", "0.1"),
     "proj_layers": (int, 2, 3, "layers of the projector", "2 in v1, 3 in v2"),
     "proj_dim": (int, 1, 10**5, "length of z", "128"),
@@ -246,17 +326,13 @@ def parse_args(argv=None):
     return parse_flags("simclr", __doc__, RECIPES, FLAGS, argv)
 
 
-# Sources. imagenet: the paper and google-research/simclr, at a batch that 80 GB hold (there 4096),
-# hence with the rate of the paper's rule for small batches, 0.075 √B; weight decay of the official
-# code (paper: 1e-6). cifar: augmentation of the same repository's README, projector of v1; SGD, its
-# rate and decay (which there reaches biases and BN too), temperature and batch of lightly's CIFAR-10
-# benchmark. demo: cifar's, where no other value was measured to be better on the built-in images.
-#
-# Departures from the paper: pixels are normalised with ImageNet's mean and std (official code: left
-# in [0, 1]); crops of small images are bilinear (official: bicubic everywhere). LARS keeps the rate
-# outside the momentum buffer (official: inside), which differs only while the rate changes. The loss
-# is half the official one, and so are the steps of biases and BN, which LARS does not adapt. In the
-# official code only: the last BN of a residual block starts at 0.
+# Sources. imagenet: the paper and google-research/simclr (batch 4096, rate for small batches
+# 0.075 √B, decay 1e-4, in the paper 1e-6). cifar: augmentation of that repository's README; the rest of
+# lightly's CIFAR-10 benchmark. demo: cifar's, unless another value was better on the drawn images.
+# Departures from the paper: ImageNet's mean and std are subtracted (official: pixels in [0, 1]);
+# small crops are bilinear (official: bicubic). LARS keeps the rate outside the momentum buffer
+# (official: inside). The loss is half the official one, and so are the steps of biases and BN. In
+# the official code only: the last BN of a residual block starts at 0.
 
 if __name__ == "__main__":
     from common import main
