@@ -1,4 +1,4 @@
-"""Barlow Twins: the features of two views agree in each dimension, and no two dimensions alike.
+"""Barlow Twins: each dimension agrees between two views, and no two dimensions say the same.
 
 Zbontar et al., "Barlow Twins: Self-Supervised Learning via Redundancy Reduction" (2021,
 arXiv 2103.03230); --loss vicreg: Bardes et al., "VICReg: Variance-Invariance-Covariance
@@ -6,38 +6,31 @@ Regularization for Self-Supervised Learning" (2021, arXiv 2105.04906).
 Survey family: information maximisation, redundancy reduction. What prevents collapse: a constant
 correlates with nothing, and copies of one dimension correlate with each other.
 
-Each image is augmented twice. Over the batch, the D dimensions of z1 are correlated with those of
-z2, which gives a D x D matrix. Its diagonal is drawn to 1: what the augmentation changes cannot
-help. All else is drawn to 0: each dimension has to say something new. Nothing is compared between
-images, so there are no negatives, and both views go the same way: no predictor, no stop-gradient.
+Each image is augmented twice. The D dimensions of z1 are correlated over the batch with those of
+z2, and this D x D matrix is drawn to the identity: ones on the diagonal make each dimension ignore
+what the augmentation changes, zeros elsewhere make each say something that no other says. Images
+are not compared with each other, so there are no negatives; and the views are treated alike, with
+no predictor, stop-gradient or moving average.
 
                   ┌─ augment1 ─ view1 ─ backbone ─ features ─ projector ─ z1 ─┐
         image ────┤                        (shared)                           ├─ C = identity
                   └─ augment2 ─ view2 ─ backbone ─ features ─ projector ─ z2 ─┘
                                                   └─ what is kept
 
-VICReg, the second loss here, asks for the same of each view's own statistics: z1 and z2 are close,
-the deviation of each dimension is at least 1, and two dimensions have no covariance.
+VICReg, the second loss here, asks for the same in three terms: z1 and z2 are close; in each of
+them, every dimension has a deviation of at least 1, and no two dimensions have a covariance.
 
 Run      python barlow.py                       demonstration: built-in images, CPU, a minute
          python barlow.py --data path           a folder of images, or cifar10
          python barlow.py --loss vicreg --lr-biases 0.2
          torchrun --nproc-per-node=8 barlow.py --data path
-Reuse    from barlow import BarlowTwins, barlow_loss, vicreg_loss         (needs torch only)
-
-Departures from the papers: crops of small images are bilinear (official: bicubic everywhere). Blur
-is a true Gaussian (official: PIL's). The official gradient on W GPUs is 1/W of the true one,
-because the sum over GPUs in C has none: LARS takes this out of the steps of weights, not of biases,
-whose steps are W times longer here. VICReg's projector has biases in front of its two BN
-(official), where they have no effect; here it has none. Its loss is a mean over D, where that of
-Barlow Twins is a sum, and its official code has a single learning rate: hence --lr-biases 0.2.
-
-Measured in the demonstration, top-1 in percent (of the network at random):
-built-in set, kNN 51.2 (35.4), probe 77.2 (43.0); seeds: 3
-10,000 of CIFAR-10, kNN 39.0 (32.2), probe 44.6 (34.6); seeds: 3
+Reuse    from barlow import BarlowTwins, barlow_loss, vicreg_loss, LARS, cosine  (needs torch only)
 """
 
+import copy
 import math
+import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -47,10 +40,11 @@ from torch import nn
 
 
 class BarlowTwins(nn.Module):
-    """Backbone and projector; the same for VICReg, which calls the latter an expander.
+    """Backbone and projector, which VICReg calls an expander.
 
-    backbone: (B, 3, H, W) -> (B, feature_dim). Three layers as wide as z, which is wider than the
-    features, without biases; BN after the first two only, because the loss has its own.
+    backbone: (B, 3, H, W) -> (B, feature_dim). The projector's three layers are as wide as z, which
+    is wider than the features. They have no biases, and BN follows the first two only, because
+    barlow_loss standardises z itself.
     """
 
     def __init__(self, backbone, feature_dim, proj_dim=8192):
@@ -64,7 +58,7 @@ class BarlowTwins(nn.Module):
             nn.Linear(proj_dim, proj_dim, bias=False))
 
     def forward(self, view1, view2):
-        """Two (B, 3, H, W) -> two (B, D). One pass per view, so that each has its own BN
+        """Two (B, 3, H, W) -> two (B, D). One pass per view, so that each view has its own BN
         statistics, as in the official code."""
         return self.projector(self.backbone(view1)), self.projector(self.backbone(view2))
 
@@ -73,7 +67,8 @@ class BarlowTwins(nn.Module):
 
 
 def correlate(z1, z2):
-    """Equation 2 of Barlow Twins, for z of mean 0, which surveys omit: (B, D), (B, D) -> C (D, D).
+    """Equation 2 of Barlow Twins: (B, D), (B, D) -> C (D, D). It holds for z of mean 0, so z is
+    standardised first, a step that many texts leave out.
 
         C_ij = 1/B Σ_b ẑ1_bi ẑ2_bj,    ẑ = (z - mean) / √(var + 1e-5)
 
@@ -93,7 +88,8 @@ def barlow_loss(z1, z2, off_diagonal_weight):
 
         Σ_i (1 - C_ii)² + λ Σ_i Σ_{j ≠ i} C_ij²
 
-    Constant z give D. λ weighs D (D - 1) terms against D: the smaller D, the larger λ may be.
+    Constant z give D. The second sum has D - 1 times as many terms as the first, so a smaller D
+    needs a larger λ.
     """
     correlation = correlate(z1, z2)
     invariance = (1 - correlation.diagonal()).square().sum()
@@ -102,7 +98,7 @@ def barlow_loss(z1, z2, off_diagonal_weight):
 
 
 def vicreg_loss(z1, z2, invariance_weight=25.0, variance_weight=25.0, covariance_weight=1.0):
-    """VICReg: (B, D), (B, D) -> scalar, with v and c of each of the two views z.
+    """VICReg: (B, D), (B, D) -> scalar. z in the sums over z is z1, then z2.
 
         λ · mean (z1 - z2)² + μ Σ_z v(z) / 2 + ν Σ_z c(z)
         v = 1/D Σ_i max(0, 1 - √(Cov_ii + 1e-4)),    c = 1/D Σ_i Σ_{j ≠ i} Cov_ij²
@@ -122,13 +118,13 @@ def vicreg_loss(z1, z2, invariance_weight=25.0, variance_weight=25.0, covariance
 
 @torch.no_grad()
 def health(z1, z2):
-    """Three means: (B, D), (B, D) -> scalars by name.
+    """Health: (B, D), (B, D) -> three scalars by name, each a mean over dimensions.
 
-    diagonal: of C_ii, towards 1; 0 when z is constant.
-    off_diagonal: of |C_ij|, i ≠ j, towards 0, where chance leaves 0.8 / √B; near 1 when all
+    diagonal: of C_ii; towards 1. 0 when z is constant.
+    off_diagonal: of |C_ij|, i ≠ j; towards 0, or 0.8 / √B, the chance level. Near 1 when all
         dimensions say the same.
-    std: of the deviations of z1, about 1 in VICReg and of no importance in Barlow Twins; 0 when z
-        is constant.
+    std: of the deviations of z1; about 1 in VICReg, of no importance in Barlow Twins. 0 when z is
+        constant.
     """
     c = correlate(z1, z2)
     off = off_diagonal(c).abs().sum() / (len(c) * (len(c) - 1))
@@ -138,26 +134,23 @@ def health(z1, z2):
 # --------------------------------------------------------------------------------- augmentation
 
 
-def make_augment(image_size, crop_scale, jitter_strength, blur1, blur2, solarize2):
-    """The paper's augmentation, one for each view; they differ in blur and solarisation."""
-    from common import (Augment, ColorJitter, GaussianBlur, Normalize, RandomGrayscale,
-                        RandomHorizontalFlip, RandomResizedCrop, RandomSolarize)
+def augment(images, aspect, image_size, crop_scale, jitter_strength, blur, solarize):
+    """The paper's augmentation: uint8 images (B, 3, S, S), squeezed to squares from
+    width / height = aspect (B,) -> views (B, 3, image_size, image_size). The two views differ in
+    blur and solarize, the fractions of views that are blurred and whose bright pixels are inverted.
+    """
+    from common import (color_jitter, gaussian_blur, normalize, random_grayscale,
+                        random_horizontal_flip, random_resized_crop, random_solarize)
 
     s = jitter_strength
-
-    def view(blur, solarize):
-        return Augment([
-            RandomResizedCrop(image_size, scale=(crop_scale, 1.0),
-                              interpolation="bicubic" if image_size > 64 else "bilinear"),
-            RandomHorizontalFlip(0.5),
-            ColorJitter(0.4 * s, 0.4 * s, 0.2 * s, 0.1 * s, p=0.8),
-            RandomGrayscale(0.2),
-            GaussianBlur(blur, sigma=(0.1, 2.0)),
-            RandomSolarize(solarize),
-            Normalize(),
-        ])
-
-    return view(blur1, 0.0), view(blur2, solarize2)
+    x = random_resized_crop(images, aspect, image_size, scale=(crop_scale, 1.0),
+                            interpolation="bicubic" if image_size > 64 else "bilinear")
+    x = random_horizontal_flip(x, p=0.5)
+    x = color_jitter(x, 0.4 * s, 0.4 * s, 0.2 * s, 0.1 * s, p=0.8)
+    x = random_grayscale(x, p=0.2)
+    x = gaussian_blur(x, p=blur, sigma=(0.1, 2.0))
+    x = random_solarize(x, p=solarize)
+    return normalize(x)
 
 
 # ------------------------------------------------------------------------------------- training
@@ -197,12 +190,12 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
-def cosine(step, total_steps, warmup_steps, start, end=0.0):
-    """Rises linearly to `start` over the warm-up, then falls to `end` on half a cosine."""
+def cosine(step, total_steps, warmup_steps, peak, end=0.0):
+    """Rises linearly to `peak` over the warm-up, then falls to `end` on half a cosine."""
     if step < warmup_steps:
-        return start * (step + 1) / warmup_steps
+        return peak * (step + 1) / warmup_steps
     t = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
+    return end + (peak - end) * (1 + math.cos(math.pi * t)) / 2
 
 
 def make_optimizer(model, weight_decay):
@@ -215,30 +208,43 @@ def make_optimizer(model, weight_decay):
 
 def train(args):
     """Algorithm 1 of Barlow Twins, once per step; of VICReg, with its loss."""
-    from common import Run, gather, make_backbone
+    from common import (batch_that_fits, batches, gather, load_checkpoint, load_data, log,
+                        make_backbone, parallel, save_checkpoint, save_views, start, write_log)
+    from linear_probe import evaluate, load_init
 
-    run = Run("barlow", args)
-    backbone = run.init(make_backbone(args.arch, args.image_size, zero_init_residual=True))
+    device = start(args.device, args.seed, args.deterministic)
+    train_set, test_set = load_data(args.data, args.image_size, args.max_images, args.workers,
+                                    device)
+    args.batch_size = batch_that_fits(args, train_set)
+    steps_per_epoch = len(train_set) // args.batch_size
+    total_steps = args.epochs * steps_per_epoch
+    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
+    peak_lrs = args.lr * args.batch_size / 256, args.lr_biases * args.batch_size / 256
+
+    backbone = make_backbone(args.arch, args.image_size, zero_init_residual=True)
+    initial = copy.deepcopy(backbone)  # the report's baseline
+    load_init(backbone, args.init)
     model = BarlowTwins(backbone, backbone.feature_dim, args.proj_dim)
+    model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, args.weight_decay)
-    augment1, augment2 = make_augment(args.image_size, args.crop_scale, args.jitter_strength,
-                                      args.blur1, args.blur2, args.solarize2)
-    network = run.start(model, optimizer, backbone)
-    run.save_views(augment1, augment2)
-    peaks = run.peak_lr, args.lr_biases * args.batch_size / 256
+    view = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale,
+                   jitter_strength=args.jitter_strength)
+    augment1 = partial(view, blur=args.blur1, solarize=0.0)
+    augment2 = partial(view, blur=args.blur2, solarize=args.solarize2)
+    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
+    network = parallel(model, args.compile)
+    save_views(args, train_set, device, augment1, augment2)
+    saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
+    started = step, time.monotonic()
     chance = args.proj_dim if args.loss == "barlow" else 0.99 * args.variance_weight  # constant z
 
-    for step, images, aspect in run.steps():
-        decay = cosine(step, run.total_steps, run.warmup_steps, 1.0, 0.001)
-        for group, peak in zip(optimizer.param_groups, peaks):  # weights, then biases and BN
-            group["lr"] = peak * decay
+    for step, images, aspect in batches(train_set, args, step, device):
+        for group, peak_lr in zip(optimizer.param_groups, peak_lrs):  # weights, then biases and BN
+            group["lr"] = cosine(step, total_steps, warmup_steps, peak_lr, peak_lr / 1000)
         view1, view2 = augment1(images, aspect), augment2(images, aspect)
-        with run.autocast():
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             z1, z2 = network(view1, view2)
-        # Statistics are of the total batch. For the paper's B 2048 and D 8192 the two z are 134 MB;
-        # the D x D sum, which would save W processes computing the same C, is 268 MB; and the
-        # gradient of the projector, which is summed anyway, 600 MB.
-        z1, z2 = gather(z1.float()), gather(z2.float())
+        z1, z2 = gather(z1.float()), gather(z2.float())  # statistics of the total batch
         if args.loss == "barlow":
             loss = barlow_loss(z1, z2, args.off_diagonal_weight)
         else:
@@ -247,17 +253,17 @@ def train(args):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if run.prints(step):
-            run.log(step, loss, peaks[0] * decay, chance, **health(z1, z2))
-    run.finish()
+
+        done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
+        if done == 1 or done % args.print_freq == 0 or epoch_ends:
+            lr = optimizer.param_groups[0]["lr"]
+            log(args, done, total_steps, started, lr, loss, chance, **health(z1, z2))
+        if epoch_ends or time.monotonic() - saved > 600:
+            saved = save_checkpoint(args, done, train_set, model, optimizer, backbone)
+    report = evaluate(backbone, initial, train_set, test_set, args.image_size, device)
+    write_log(args, {"step": total_steps, "report": report})
 
 
-# Sources: imagenet: the paper and official code, for 300 epochs and a batch of 512 (paper: 1000
-# and 2048, rates 0.2 and 0.0048). Its rate is from the authors' table of batch sizes, issue 7 of
-# facebookresearch/barlowtwins, when one rate served both groups and the loss had a factor 0.024:
-# hence lr_biases. cifar: solo-learn's for 1000 epochs; its LARS clips and has η 0.02 (so lr is 20
-# times its 0.3), and its loss has a factor 0.1 (so lr_biases is a tenth of its rate, and the decay
-# ten times its own). demo: measured on the built-in set.
 RECIPES = {
     "recipe":              ("demo",     "cifar",    "imagenet"),
     "arch":                ("resnet8",  "resnet18", "resnet50"),
@@ -265,10 +271,14 @@ RECIPES = {
     "epochs":              (5,          200,        300),
     "warmup_epochs":       (1,          10,         10),
     "batch_size":          (64,         256,        512),
+    "loss":                ("barlow",   "barlow",   "barlow"),
     "lr":                  (20.0,       6.0,        0.3),
     "lr_biases":           (0.05,       0.03,       0.0072),
     "weight_decay":        (1e-4,       1e-3,       1e-6),
     "off_diagonal_weight": (0.0051,     0.0051,     0.0051),
+    "invariance_weight":   (25.0,       25.0,       25.0),
+    "variance_weight":     (25.0,       25.0,       25.0),
+    "covariance_weight":   (1.0,        1.0,        1.0),
     "proj_dim":            (256,        2048,       8192),
     "crop_scale":          (0.35,       0.08,       0.08),
     "jitter_strength":     (1.0,        1.0,        1.0),
@@ -276,31 +286,43 @@ RECIPES = {
     "blur2":               (0.0,        0.0,        0.1),
     "solarize2":           (0.0,        0.2,        0.2),
 }
+FLAGS = {  # type, lowest, highest, help, the papers' value
+    "loss": (("barlow", "vicreg"), None, None, "which of the two papers' losses"),
+    "lr_biases": (float, 0, 10**4, "peak learning rate of biases and BN, per 256 images; --lr: of "
+                  "weights", "0.0048, in vicreg 0.2"),
+    "off_diagonal_weight": (float, 0, 10**6, "barlow: λ", "0.0051"),
+    "invariance_weight": (float, 0, 10**6, "vicreg: λ", "25"),
+    "variance_weight": (float, 0, 10**6, "vicreg: μ", "25"),
+    "covariance_weight": (float, 0, 10**6, "vicreg: ν", "1"),
+    "proj_dim": (int, 2, 10**5, "length of z", "8192"),
+    "crop_scale": (float, 1e-3, 1, "smallest crop, as a fraction of the image's area", "0.08"),
+    "jitter_strength": (float, 0, 2.5, "strength of the colour jitter", "1"),
+    "blur1": (float, 0, 1, "fraction of views 1 that are blurred", "1"),
+    "blur2": (float, 0, 1, "fraction of views 2 that are blurred", "0.1"),
+    "solarize2": (float, 0, 1, "fraction of views 2 that are solarised", "0.2, of views 1 none"),
+}
 
 
 def parse_args(argv=None):
-    from common import ArgumentParser, number
+    from common import parse_flags
 
-    parser = ArgumentParser(__doc__, RECIPES)
-    add = parser.add_argument
-    add("--loss", choices=("barlow", "vicreg"), default="barlow", help="which of the two papers'")
-    add("--lr-biases", type=number(float, 0),
-        help="peak learning rate of biases and BN, per 256 images; --lr is that of weights "
-        "(papers: 0.0048; vicreg 0.2)")
-    add("--off-diagonal-weight", type=number(float, 0), help="barlow: λ (paper: 0.0051)")
-    add("--invariance-weight", type=number(float, 0), default=25.0, help="vicreg: λ")
-    add("--variance-weight", type=number(float, 0), default=25.0, help="vicreg: μ")
-    add("--covariance-weight", type=number(float, 0), default=1.0, help="vicreg: ν")
-    add("--proj-dim", type=number(int, 2), help="length of z (papers: 8192)")
-    add("--crop-scale", type=number(float, 0, 1, above=True),
-        help="area of the smallest crop, as a fraction of the image (papers: 0.08)")
-    add("--jitter-strength", type=number(float, 0, 2.5), help="of the colour jitter (paper: 1)")
-    add("--blur1", type=number(float, 0, 1), help="fraction of views 1 that are blurred (paper: 1)")
-    add("--blur2", type=number(float, 0, 1), help="fraction of views 2 that are (paper: 0.1)")
-    add("--solarize2", type=number(float, 0, 1),
-        help="fraction of views 2 that are solarised (paper: 0.2; of views 1 none)")
-    return parser.parse_args(argv)
+    return parse_flags("barlow", __doc__, RECIPES, FLAGS, argv)
 
+
+# Sources. imagenet: the paper and official code, for 300 epochs and a batch of 512 (paper: 1000 and
+# 2048, rates 0.2 and 0.0048). Its rate is from the authors' table of batch sizes, issue 7 of
+# facebookresearch/barlowtwins, made when one rate served both groups and the loss had a factor
+# 0.024: hence lr_biases. cifar: solo-learn's for 1000 epochs; its LARS clips and has η 0.02 (so lr
+# is 20 times its 0.3), and its loss has a factor 0.1 (so lr_biases is a tenth of its rate, and the
+# decay ten times its own). demo: measured on the drawn images.
+# Processes exchange z rather than sums for C: of the paper's B 2048 and D 8192, two z are 134 MB,
+# D x D sums 268 MB.
+# Departures from the papers: small crops are bilinear (official: bicubic). Blur is a true Gaussian
+# (official: PIL's). The official gradient on W GPUs is 1/W of the true one, because the sum over
+# GPUs in C passes none on: LARS takes this out of the steps of weights, not of biases, whose steps
+# are W times longer here. VICReg's projector has biases before its two BN (official), where they
+# have no effect; here it has none. Its loss is a mean over D, where that of Barlow Twins is a sum,
+# and its official code has a single learning rate: hence --lr-biases 0.2.
 
 if __name__ == "__main__":
     from common import main

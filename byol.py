@@ -1,15 +1,14 @@
-"""BYOL: the network predicts, from one view, what its own average of the past makes of the other.
+"""BYOL: predict what a slowly moving average of the network makes of the other view.
 
 Grill et al., "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning" (2020,
 arXiv 2006.07733).
 Survey family: self-distillation, without negatives. What prevents collapse: the predictor, on one
 side only, and a target that changes slowly and gets no gradient.
 
-Each image is augmented twice. The target network, an exponential moving average (EMA) of the online
-network, maps one view to a vector; backbone, projector and predictor have to produce that vector
-from the other view. Nothing in the loss forbids a constant output, yet it is not where this ends;
-without the predictor it is where it goes: `spread` falls and the loss is near 0 after a hundred
-steps of a small network (tests/test_byol.py).
+Each image is augmented twice. The target network, whose weights are an exponential moving average
+(EMA) of the online network's, maps one view to a vector, which the online network and a predictor
+have to produce from the other view. A constant output would minimise the loss, but training does
+not reach it; without the predictor it does (tests/test_byol.py).
 
                ┌─ augment1 ─ view1 ─ backbone ─ features ─ projector ─ predictor ─ p1 ─┐
                │                        │        └─ what is kept                       │
@@ -21,22 +20,14 @@ steps of a small network (tests/test_byol.py).
 Run      python byol.py                         demonstration: built-in images, CPU, a minute
          python byol.py --data path             a folder of images, or cifar10
          torchrun --nproc-per-node=8 byol.py --data path
-Reuse    from byol import BYOL, byol_loss, ema_update      (needs torch only)
-
-Departures from the paper: crops of small images are bilinear (official: bicubic everywhere);
-brightness is scaled (official: shifted), contrast is by the mean gray (official: per channel),
-saturation without HSV; the target starts as a copy (official: from weights of its own, said to make
-no difference). The last BN of a residual block starts at 0 as in the official code, whose README
-says that the paper's results were obtained without that.
-
-Measured in the demonstration, top-1 in percent (of the network at random):
-built-in set, kNN 39.4 (35.4), probe 57.2 (43.0); seeds: 3
-10,000 of CIFAR-10, kNN 37.5 (32.2), probe 41.3 (34.6); seeds: 3
+Reuse    from byol import BYOL, byol_loss, ema_update, LARS, cosine       (needs torch only)
 """
 
 import copy
 import math
+import time
 from collections import OrderedDict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -49,9 +40,8 @@ class BYOL(nn.Module):
     """Online network, predictor, and target network, which has no predictor.
 
     backbone: (B, 3, H, W) -> (B, feature_dim). As in the official code, projector and predictor are
-    linear with bias, BN, ReLU, linear without bias, and no last BN. The target is in training mode
-    like the online network: both normalise by batch statistics, and the running ones of each are
-    its own.
+    linear with bias, BN, ReLU, linear without bias, and no last BN. The target stays in training
+    mode: it, too, normalises by the batch's statistics, and its running ones are its own.
     """
 
     def __init__(self, backbone, feature_dim, hidden_dim=4096, proj_dim=256):
@@ -82,7 +72,8 @@ def byol_loss(p1, p2, z1, z2):
 
         ‖p̄1 - z̄2‖² + ‖p̄2 - z̄1‖²  =  4 - 2 cos(p1, z2) - 2 cos(p2, z1)        with v̄ = v / ‖v‖
 
-    z are constants: stop-gradient. Vectors at right angles give 4, a constant that surveys drop.
+    z are constants: stop-gradient. Chance level: 4, of vectors at right angles. Some texts write
+    -cos alone, which leaves out the constant.
     """
     p1, p2 = F.normalize(p1, dim=1), F.normalize(p2, dim=1)
     z1, z2 = F.normalize(z1.detach(), dim=1), F.normalize(z2.detach(), dim=1)
@@ -91,34 +82,32 @@ def byol_loss(p1, p2, z1, z2):
 
 @torch.no_grad()
 def spread(z):
-    """Health: √D · std over the batch of z / ‖z‖, mean over dimensions: (B, D) -> scalar. Near 1
-    where z ends in BN; below that, but steady, where it does not; towards 0: collapse."""
+    """Health: how far apart the directions of z are, √D times the deviation over the batch of
+    z / ‖z‖, averaged over the D dimensions: (B, D) -> scalar. Near 1 where z ends in BN; lower, but
+    steady, where it does not; towards 0, all images get the same vector: collapse."""
     return z.shape[1] ** 0.5 * F.normalize(z, dim=1).std(0).mean()
 
 
 # --------------------------------------------------------------------------------- augmentation
 
 
-def make_augment(image_size, crop_scale, jitter_strength, blur1, blur2, solarize2):
-    """The paper's augmentation, one for each view; they differ in blur and solarisation."""
-    from common import (Augment, ColorJitter, GaussianBlur, Normalize, RandomGrayscale,
-                        RandomHorizontalFlip, RandomResizedCrop, RandomSolarize)
+def augment(images, aspect, image_size, crop_scale, jitter_strength, blur, solarize):
+    """The paper's augmentation: uint8 images (B, 3, S, S), squeezed to squares from
+    width / height = aspect (B,) -> views (B, 3, image_size, image_size). The two views differ in
+    blur and solarize, the fractions of views that are blurred and whose bright pixels are inverted.
+    """
+    from common import (color_jitter, gaussian_blur, normalize, random_grayscale,
+                        random_horizontal_flip, random_resized_crop, random_solarize)
 
     s = jitter_strength
-
-    def view(blur, solarize):
-        return Augment([
-            RandomResizedCrop(image_size, scale=(crop_scale, 1.0),
-                              interpolation="bicubic" if image_size > 64 else "bilinear"),
-            RandomHorizontalFlip(0.5),
-            ColorJitter(0.4 * s, 0.4 * s, 0.2 * s, 0.1 * s, p=0.8),
-            RandomGrayscale(0.2),
-            GaussianBlur(blur, sigma=(0.1, 2.0)),
-            RandomSolarize(solarize),
-            Normalize(),
-        ])
-
-    return view(blur1, 0.0), view(blur2, solarize2)
+    x = random_resized_crop(images, aspect, image_size, scale=(crop_scale, 1.0),
+                            interpolation="bicubic" if image_size > 64 else "bilinear")
+    x = random_horizontal_flip(x, p=0.5)
+    x = color_jitter(x, 0.4 * s, 0.4 * s, 0.2 * s, 0.1 * s, p=0.8)
+    x = random_grayscale(x, p=0.2)
+    x = gaussian_blur(x, p=blur, sigma=(0.1, 2.0))
+    x = random_solarize(x, p=solarize)
+    return normalize(x)
 
 
 # ------------------------------------------------------------------------------------- training
@@ -158,12 +147,12 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
-def cosine(step, total_steps, warmup_steps, start, end=0.0):
-    """Rises linearly to `start` over the warm-up, then falls to `end` on half a cosine."""
+def cosine(step, total_steps, warmup_steps, peak, end=0.0):
+    """Rises linearly to `peak` over the warm-up, then falls to `end` on half a cosine."""
     if step < warmup_steps:
-        return start * (step + 1) / warmup_steps
+        return peak * (step + 1) / warmup_steps
     t = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
+    return end + (peak - end) * (1 + math.cos(math.pi * t)) / 2
 
 
 @torch.no_grad()
@@ -186,42 +175,60 @@ def make_optimizer(name, model, weight_decay):
 
 def train(args):
     """Algorithm 1 of the paper, once per step."""
-    from common import Run, gather, make_backbone
+    from common import (batch_that_fits, batches, gather, load_checkpoint, load_data, log,
+                        make_backbone, parallel, save_checkpoint, save_views, start, write_log)
+    from linear_probe import evaluate, load_init
 
-    run = Run("byol", args)
-    backbone = run.init(make_backbone(args.arch, args.image_size, zero_init_residual=True))
+    device = start(args.device, args.seed, args.deterministic)
+    train_set, test_set = load_data(args.data, args.image_size, args.max_images, args.workers,
+                                    device)
+    args.batch_size = batch_that_fits(args, train_set)
+    steps_per_epoch = len(train_set) // args.batch_size
+    total_steps = args.epochs * steps_per_epoch
+    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
+    peak_lr = args.lr * args.batch_size / 256
+
+    backbone = make_backbone(args.arch, args.image_size, zero_init_residual=True)
+    initial = copy.deepcopy(backbone)  # the report's baseline
+    load_init(backbone, args.init)
     model = BYOL(backbone, backbone.feature_dim, args.hidden_dim, args.proj_dim)
+    model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
-    augment1, augment2 = make_augment(args.image_size, args.crop_scale, args.jitter_strength,
-                                      args.blur1, args.blur2, args.solarize2)
-    network = run.start(model, optimizer, backbone)
-    run.save_views(augment1, augment2)
+    view = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale,
+                   jitter_strength=args.jitter_strength)
+    augment1 = partial(view, blur=args.blur1, solarize=0.0)
+    augment2 = partial(view, blur=args.blur2, solarize=args.solarize2)
+    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
+    network = parallel(model, args.compile)
+    save_views(args, train_set, device, augment1, augment2)
+    saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
+    started = step, time.monotonic()
     chance = 4.0
 
-    for step, images, aspect in run.steps():
-        lr = cosine(step, run.total_steps, run.warmup_steps, run.peak_lr)
+    for step, images, aspect in batches(train_set, args, step, device):
+        lr = cosine(step, total_steps, warmup_steps, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        ema_momentum = cosine(step, run.total_steps, 0, args.ema_momentum, 1.0)
+        ema_momentum = cosine(step, total_steps, 0, args.ema_momentum, 1.0)
         view1, view2 = augment1(images, aspect), augment2(images, aspect)
-        with run.autocast():
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             p1, p2, z1, z2 = network(view1, view2)
         loss = byol_loss(p1.float(), p2.float(), z1.float(), z2.float())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         ema_update(model.target, model.online, ema_momentum)
-        if run.prints(step):
-            run.log(step, loss, lr, chance, spread=spread(gather(z1.float())))
-    run.finish()
+
+        done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
+        if done == 1 or done % args.print_freq == 0 or epoch_ends:
+            log(args, done, total_steps, started, lr, loss, chance,
+                spread=spread(gather(z1.float())))
+        if epoch_ends or time.monotonic() - saved > 600:
+            saved = save_checkpoint(args, done, train_set, model, optimizer, backbone)
+    report = evaluate(backbone, initial, train_set, test_set, args.image_size, device)
+    write_log(args, {"step": total_steps, "report": report})
 
 
-# Sources: imagenet: the paper and deepmind-research/byol for 100 epochs (there: batch 4096 and
-# EMA 0.99, of which 0.99^(1/8) is the average over as many images at a batch of 512:
-# arXiv 2307.13813). cifar: the paper's augmentation without blur and an average from 0.99, as in
-# solo-learn; head, SGD and batch of lightly's CIFAR-10 benchmark, whose loss is a quarter of this
-# one: so its rate over 4 and its decay times 4. demo: a smaller head, a higher rate, a target that
-# moves within a few of its 390 steps and no solarisation, as measured on the built-in set.
 RECIPES = {
     "recipe":          ("demo",     "cifar",    "imagenet"),
     "arch":            ("resnet8",  "resnet18", "resnet50"),
@@ -241,27 +248,36 @@ RECIPES = {
     "blur2":           (0.0,        0.0,        0.1),
     "solarize2":       (0.0,        0.2,        0.2),
 }
+FLAGS = {  # type, lowest, highest, help, the paper's value
+    "optimizer": (("sgd", "lars"), None, None, "optimizer", "lars"),
+    "ema_momentum": (float, 0, 1, "weight of the old target in the average, τ; rises to 1",
+                     "0.99 for 100 or 300 epochs, 0.996 for 1000"),
+    "hidden_dim": (int, 1, 10**5, "width of projector and predictor", "4096"),
+    "proj_dim": (int, 1, 10**5, "length of z and p", "256"),
+    "crop_scale": (float, 1e-3, 1, "smallest crop, as a fraction of the image's area", "0.08"),
+    "jitter_strength": (float, 0, 2.5, "strength of the colour jitter", "1"),
+    "blur1": (float, 0, 1, "fraction of views 1 that are blurred", "1"),
+    "blur2": (float, 0, 1, "fraction of views 2 that are blurred", "0.1"),
+    "solarize2": (float, 0, 1, "fraction of views 2 that are solarised", "0.2, of views 1 none"),
+}
 
 
 def parse_args(argv=None):
-    from common import ArgumentParser, number
+    from common import parse_flags
 
-    parser = ArgumentParser(__doc__, RECIPES)
-    add = parser.add_argument
-    add("--optimizer", choices=("sgd", "lars"), help="the paper has LARS")
-    add("--ema-momentum", type=number(float, 0, 1), help="weight of the old target in the average, "
-        "τ; rises to 1 on a cosine (paper: from 0.99 for 100 and 300 epochs, 0.996 for 1000)")
-    add("--hidden-dim", type=number(int, 1), help="width of projector and predictor (paper: 4096)")
-    add("--proj-dim", type=number(int, 1), help="length of z and p (paper: 256)")
-    add("--crop-scale", type=number(float, 0, 1, above=True),
-        help="area of the smallest crop, as a fraction of the image (paper: 0.08)")
-    add("--jitter-strength", type=number(float, 0, 2.5), help="of the colour jitter (paper: 1)")
-    add("--blur1", type=number(float, 0, 1), help="fraction of views 1 that are blurred (paper: 1)")
-    add("--blur2", type=number(float, 0, 1), help="fraction of views 2 that are (paper: 0.1)")
-    add("--solarize2", type=number(float, 0, 1),
-        help="fraction of views 2 that are solarised (paper: 0.2; of views 1 none)")
-    return parser.parse_args(argv)
+    return parse_flags("byol", __doc__, RECIPES, FLAGS, argv)
 
+
+# Sources. imagenet: the paper and deepmind-research/byol for 100 epochs (there batch 4096 and EMA
+# 0.99; the average covers as many images at batch 512 with 0.99^(1/8), arXiv 2307.13813). cifar:
+# the paper's augmentation without blur and an average from 0.99, as in solo-learn; heads, SGD and
+# batch of lightly's CIFAR-10 benchmark, whose loss is a quarter of this one: hence its rate over 4
+# and its decay times 4. demo: measured on the drawn images.
+# Departures from the paper: small crops are bilinear (official: bicubic). Brightness is scaled
+# (official: shifted), contrast is by the mean gray (official: per channel), saturation without HSV.
+# The target starts as a copy (official: from weights of its own, said to make no difference). The
+# last BN of a residual block starts at 0 as in the official code, whose README says that the
+# paper's results were obtained without that.
 
 if __name__ == "__main__":
     from common import main

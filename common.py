@@ -1,16 +1,8 @@
-"""What the ten method files share: plain functions, in sections that can each be read alone.
-
-    errors and flags    one clear line for bad input; the flags that every script has
-    processes           one differentiable sum over processes, and what follows from it
-    data                folders, torchvision sets and drawn images, as uint8 squares
-    augmentation        torchvision's operations on a batch, each image with its own parameters
-    backbones           ResNets of any width, and torchvision's other networks
-    around the step     batches, log lines, checkpoints, pictures
-"""
+"""What the ten method files share: plain functions, in sections that can each be read alone: errors
+and flags, processes, data, built-in images, augmentation, backbones, around the step."""
 
 import argparse
-import contextlib
-import inspect
+import copy
 import json
 import math
 import os
@@ -21,17 +13,17 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import cos, nn, sin, tanh
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import save_image
@@ -46,21 +38,19 @@ class Failure(Exception):
 
 
 def main(train, parse_args, argv=None):
-    """`train(parse_args(argv))`, and the exit status: 1 after a failure, with one line on stderr,
-    2 for wrong arguments, 130 after Ctrl-C."""
+    """`train(parse_args(argv))`, and the exit status: 1 after a failure, with one line on stderr, 2
+    for wrong arguments, 130 after Ctrl-C."""
     try:
         train(parse_args(argv))
     except KeyboardInterrupt:
         sys.exit(130)
     except (Failure, MemoryError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or "out of memory"
-        foreseen = re.search("memory|DataLoader|gloo|NCCL|[Cc]onnection", reason)
-        if isinstance(error, RuntimeError) and not foreseen:
+        known = "memory|DataLoader|gloo|NCCL|[Cc]onnection"
+        if isinstance(error, RuntimeError) and not re.search(known, str(error)):
             raise
-        hint = " (a smaller --batch-size, fewer --workers? Continue with --resume)" * bool(foreseen)
         time.sleep(10 * (rank() > 0))  # the first process says the same, and torchrun ends this one
-        print(f"error: {reason}{hint}", file=sys.stderr, flush=True)
-        os._exit(1) if "DataLoader" in reason else sys.exit(1)  # sys.exit waits for a dead worker
+        print("error:", " ".join(str(error).split())[:500] or "out of memory", file=sys.stderr)
+        sys.exit(1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -71,30 +61,11 @@ def wrong_arguments(message):
     sys.exit(2)
 
 
-def within(kind, low, high):
-    """An argparse type: `kind` (int or float) from `low` to `high`, which NaN is not."""
-
-    def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
-        return kind(text)
-
-    return parse
-
-
-def device_name(text):
-    match = re.fullmatch(r"(cpu|cuda|mps|xpu)(?::(\d+))?", text)
-    if not match or int(match[2] or 0) >= getattr(torch, match[1]).device_count():
-        raise argparse.ArgumentTypeError(f"{text} is no device of this machine")
-    return text
-
-
 def architecture(text):
-    """An argparse type: what `make_backbone` knows."""
     name, _, width = text.partition("x")
-    resnet = name in DEPTHS and re.fullmatch(r"(\d+(\.\d+)?)?", width) and float(width or 1) >= 1 / 32
-    if not resnet and text not in torchvision.models.list_models(torchvision.models, exclude=[
-            "resnet*", "googlenet", "inception*", "maxvit*", "squeezenet*", "vit*"]):
+    others = torchvision.models.list_models(torchvision.models, exclude=[
+        "resnet*", "googlenet", "inception*", "maxvit*", "squeezenet*", "vit*"])
+    if text not in others and not (name in DEPTHS and 1 / 32 <= float(width or 1) <= 32):
         raise argparse.ArgumentTypeError(f"{text} is no ResNet, nor another network of torchvision")
     return text
 
@@ -116,82 +87,80 @@ FLAGS = {
     "image_size": (int, 8, 10**4, "side of a view, in pixels"),
     "max_images": (int, 2, 10**9, "train on only this many images"),
     "workers": (int, 0, 10**3, "processes of this machine that decode images"),
-    "device": (device_name, None, None, "cpu, cuda, cuda:1; mps and xpu are untried; else CUDA"),
+    "device": (str, None, None, "cpu, cuda, cuda:1; mps and xpu are untried; else CUDA"),
     "seed": (int, 0, 2**31, "seed of all randomness"),
     "deterministic": (bool, None, None, "bit-exact on CUDA too, but slower"),
     "compile": (bool, None, None, "torch.compile the model"),
     "print_freq": (int, 1, 10**9, "steps per log line"),
 }
-SHORT = {"arch": "-a", "batch_size": "-b", "workers": "-j", "print_freq": "-p",
-         "weight_decay": "--wd"}
+SHORT = {"arch": "-a", "batch_size": "-b", "weight_decay": "--wd", "workers": "-j",
+         "print_freq": "-p"}
 DEFAULTS = {"resume": False, "deterministic": False, "compile": False, "seed": 0, "print_freq": 20,
             "workers": min(os.cpu_count() or 1, 16)}
 
 
 def parse(argv, flags, defaults, doc="", recipe=None):
+    """-> Namespace of the flags; None: not given, and no default."""
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False)
     parser.error = wrong_arguments
     groups = {title: parser.add_argument_group(title) for title in ("data", "run", "method")}
-    for name, (kind, low, high, text, *paper) in flags.items():
-        if (default := defaults.get(name)) not in (None, False):
+    for name, (kind, _, _, text, *paper) in flags.items():
+        if (default := defaults.get(name)) is not None and default is not False:
             text += f"; default {default}" + f" (recipe {recipe})" * (name not in DEFAULTS)
         options = {"help": "; paper ".join([text, *paper]).replace("%", "%%"), "default": default}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(kind, tuple):
             options |= {"choices": kind, "type": type(kind[0])}
-        elif isinstance(kind, list):
-            options |= {"nargs": "*", "type": within(kind[0], low, high)}
         else:
-            options["type"] = kind if low is None else within(kind, low, high)
+            options |= {"nargs": "*", "type": kind[0]} if isinstance(kind, list) else {"type": kind}
         group = "data" if name in ("data", "image_size", "max_images", "workers") else "run"
         names = filter(None, [SHORT.get(name), "--" + name.replace("_", "-")])
         groups[group if name in FLAGS else "method"].add_argument(*names, dest=name, **options)
-    return parser.parse_args(argv)
+    args = parser.parse_args([re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word)
+                              for word in (sys.argv[1:] if argv is None else argv)])
+    for name, (_, low, high, *_) in flags.items():
+        value = getattr(args, name)
+        for number in value if isinstance(value, list) else [value]:
+            if None not in (low, number) and not low <= number <= high:  # NaN is not, either
+                wrong_arguments(f"--{name.replace('_', '-')} {number} is not {low:g} to {high:g}")
+    return args
 
 
 def parse_flags(method, doc, recipes, flags, argv=None):
-    """-> Namespace of a method's arguments, with `method`, and `given`: the flags given by hand.
-
-    recipes: flag -> its value in each column; the row "recipe" names the columns. What is given is
-    read first: it chooses the column that becomes the defaults, or the saved run that does.
-    """
-    argv = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word)
-            for word in (sys.argv[1:] if argv is None else argv)]  # --batch_size=8
+    """-> Namespace of a method's arguments, with `method`, and `given`: the flags given by hand,
+    which are read first: they choose the column of recipes, or the saved run, for the others."""
+    argv = sys.argv[1:] if argv is None else argv
     flags = FLAGS | {"recipe": (recipes["recipe"], *FLAGS["recipe"][1:])} | flags
-    given = parse([word for word in argv if word not in ("-h", "--help")], flags, {})
-    given = {name: value for name, value in vars(given).items() if value is not None}
-    out, saved = choose_folder(method, given.get("out"), given.get("resume")), {}
-    if Path(out, "checkpoint.pth").exists():
-        saved = read_checkpoint(out, method)["args"]
-        saved = {k: v for k, v in saved.items() if k not in ("resume", "device", "workers")}
+    given = vars(parse([word for word in argv if word not in ("-h", "--help")], flags, {}))
+    given = {name: value for name, value in given.items() if value is not None}
+    out, saved = given.get("out"), {}
+    if not out and given.get("resume"):
+        runs = Path("runs").glob(f"{method}*/checkpoint.pth")
+        out = os.path.dirname(max(runs, key=os.path.getmtime, default=""))
+    names = (f"runs/{method}" + f"-{n}" * (n > 1) for n in range(1, 10**6))
+    out = out or next(name for name in names if not os.path.exists(name))
+    if os.path.exists(f"{out}/checkpoint.pth"):
+        if not given.get("resume"):
+            raise Failure(f"--out {out} holds a run: add --resume, or choose another folder")
+        saved = read_file(f"{out}/checkpoint.pth")
+        if not isinstance(saved, dict) or saved.get("method") != method:
+            raise Failure(f"{out}/checkpoint.pth holds no run of {method}.py")
+        saved = saved["args"]
     recipe = (saved | given).get("recipe") or choose_recipe(given.get("data"), given.get("device"))
     column = recipes["recipe"].index(recipe)
     defaults = DEFAULTS | {name: row[column] for name, row in recipes.items()} | saved
     args = parse(argv, flags, defaults, doc, recipe)
     args.method, args.out, args.given = method, out, sorted(given)
-    share = args.batch_size / int(os.environ.get("WORLD_SIZE", 1))
-    if share < 2 or share % 1:
-        wrong_arguments(f"--batch-size {args.batch_size} gives each process no two images or more")
     return args
-
-
-def choose_folder(method, out, resume):
-    """--out, or the latest of runs/<method>, runs/<method>-2, ... to resume, or the next of them."""
-    found = [re.fullmatch(rf"{method}(?:-(\d+))?", path.name) for path in Path("runs").glob("*")]
-    last = max([int(match[1] or 1) for match in found if match], default=0)
-    number = max(last, 1) if resume else last + 1
-    out = out or f"runs/{method}" + f"-{number}" * (number > 1)
-    if not resume and any(Path(out, name).exists() for name in ("checkpoint.pth", "log.jsonl")):
-        raise Failure(f"--out {out} holds a run: add --resume, or choose another folder")
-    return out
 
 
 def choose_recipe(data, device):
     """demo without --data or without a CUDA device; else by the images' median side."""
     if data is None or not (device or "cuda").startswith("cuda") or not torch.cuda.is_available():
         return "demo"
-    small = data.lower() in SMALL_SETS or Path(data).exists() and median_side(find_sets(data)[0]) <= 64
+    small = data.lower() in "cifar10 cifar100 svhn mnist fashionmnist kmnist usps".split()
+    small = small or os.path.isdir(data) and median_side(find_sets(data)[0]) <= 64
     return "cifar" if small else "imagenet"
 
 
@@ -213,17 +182,21 @@ def say(line):
 
 def start(name, seed, deterministic=False):
     """Join the processes that torchrun started, if it did; seed -> this process's torch.device."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+        device = torch.empty(1, device=name).device
+    except (AssertionError, RuntimeError):
+        wrong_arguments(f"--device {name} is no device of this machine")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         # both kinds of tensor; a day, since the others wait while the first one evaluates
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(days=1))
-    torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = not deterministic
     torch.use_deterministic_algorithms(deterministic)
     torch.manual_seed(seed)
     return device
@@ -232,8 +205,7 @@ def start(name, seed, deterministic=False):
 class AllSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x)
+        dist.all_reduce(x := x.clone(memory_format=torch.contiguous_format))
         return x
 
     @staticmethod
@@ -242,21 +214,16 @@ class AllSum(torch.autograd.Function):
 
 
 def all_sum(x):
-    """Differentiable sum of a tensor over the processes; the identity on one.
-
-    Each process then computes the same loss from it; the backward sum adds these W equal losses'
-    gradients, and DistributedDataParallel's mean divides by W: no factor appears anywhere.
-    """
+    """Differentiable sum of a tensor over the processes; the identity on one. Each process computes
+    the same loss from it; the backward sum adds these W equal losses' gradients, and
+    DistributedDataParallel's mean divides by W: no factor appears anywhere."""
     return AllSum.apply(x) if world_size() > 1 else x
 
 
 def gather(x):
     """(B/W, ...) on each of W processes -> (B, ...) in their order, with gradient."""
-    if world_size() == 1:
-        return x
-    rows = x.new_zeros(world_size(), *x.shape)
-    rows[rank()] = x
-    return all_sum(rows).flatten(0, 1)
+    rows = [x if i == rank() else torch.zeros_like(x) for i in range(world_size())]
+    return all_sum(torch.cat(rows))
 
 
 def uniform(n, *shape, device, low=0.0, high=1.0):
@@ -282,100 +249,64 @@ def parallel(model, compile=False, sync_bn=True):
 
 # ------------------------------------------------------------------------------------------ data
 
-EXTENSIONS = tuple(".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .gif .tif .tiff .avif .jp2 .tga "
-                   ".ppm .pgm .pbm".split())
-SMALL_SETS = "cifar10 cifar100 svhn mnist fashionmnist kmnist usps eurosat".split()
+EXTENSIONS = ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .avif .ppm .pgm".split()
 TEST_FOLDERS = "val", "valid", "validation", "test", "testing"
 
 
-def find_images(root, skip=()):
-    """-> sorted paths of the image files below a folder, each real folder once, hidden names left
-    out; and how many other files there are of each kind."""
-    files, others, seen, errors = [], Counter(), set(map(os.path.realpath, skip)), []
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=errors.append):
-        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-        if (real := os.path.realpath(folder)) in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        for name in sorted(name for name in names if name[0] != "."):
-            path = os.path.join(folder, name)
-            if name.lower().endswith(EXTENSIONS) and (os.path.isfile(path) or os.path.islink(path)):
-                files.append(path)
-            else:
-                others[f"{os.path.splitext(name)[1].lower() or name}: not decoded here"] += 1
-    if errors:
-        raise errors[0]  # a folder that cannot be read
-    return files, others
-
-
 def open_image(source):
-    """A path, a PIL image, or (torchvision set, index) -> PIL image, not decoded yet."""
-    if isinstance(source, tuple):
-        source = source[0][source[1]][0]
-    return Image.open(source) if isinstance(source, str) else source
+    """A path, or (torchvision set, index) -> PIL image; of a file, only the header is read yet."""
+    return Image.open(source) if isinstance(source, str) else source[0][source[1]][0]
 
 
 def to_square(image, side):
-    """PIL image of any mode -> uint8 (3, side, side), and the aspect (width / height) it had.
-
-    Turned as EXIF says; what is transparent is white. 16-bit gray is read as 8, 12 or 16 bits, by
-    its largest value: the 12 bits of cameras and scanners would else be black.
-    """
+    """PIL image -> uint8 (3, side, side), and the aspect (width / height) it had. Turned as EXIF
+    says; transparent is white; the range of gray beyond 8 bits is that of its largest value."""
     image.draft(None, (2 * side, 2 * side))  # a JPEG may decode at a fraction of its size
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        gray = np.asarray(image)
-        top = next(top for top in (255, 4095, 65535) if gray.max() <= top)
-        image = Image.fromarray((gray * (255 / top)).round().astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError("32-bit pixels have no known range")
+    if image.mode[0] in "IF":
+        gray = pil_to_tensor(image).float()
+        top = next(top for top in (1, 255, 4095, 65535) if gray.max() <= top)
+        image = to_pil_image((gray * (255 / top)).round().clamp(min=0).byte())
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    aspect = image.width / image.height
-    return pil_to_tensor(image.resize((side, side), Image.Resampling.BICUBIC)), aspect
+    square = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    return pil_to_tensor(square), image.width / image.height
 
 
-class ImageSet(Dataset):
+class ImageSet:
     """Images as uint8 squares of one side: in memory (pixels, aspect), or decoded each time.
-
-    source: what `open_image` takes; names: unique; labels: (N,), -1 = none; classes: their names;
-    left_out: {what: how many}; unreadable: {index: reason}, as it is found out.
+    source: what `open_image` takes; labels: (N,), -1 = none; left_out: what was not read, in words.
     """
 
-    pixels, aspect, side, workers = None, None, None, 0
+    pixels, aspect, side, workers, unreadable = None, None, None, 0, ()
 
     def __init__(self, origin, source, names, labels, classes, left_out=()):
         self.origin, self.source, self.names, self.classes = origin, source, names, classes
-        self.labels, self.left_out = torch.as_tensor(labels), Counter(left_out)
-        self.unreadable = {}
+        self.labels, self.left_out = torch.as_tensor(labels).long(), left_out
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, i):
-        """-> uint8 (3, S, S), width / height, i, and why it is the next readable image instead."""
-        if self.pixels is not None:
-            return self.pixels[i], self.aspect[i], i, ""
-        reason = ""
-        for j in range(i, i + 100):
-            try:
-                with open_image(self.source[j % len(self)]) as image:
-                    return *to_square(image, self.side), i, reason
-            except Exception as error:  # PIL raises a dozen kinds
-                reason = reason or f"{self.names[i]!r} ({str(error) or type(error).__name__})"
-        return torch.zeros(3, self.side, self.side, dtype=torch.uint8), 0.0, i, reason
+        """-> uint8 (3, S, S) and width / height, which is 0 for an image that cannot be read."""
+        try:
+            with open_image(self.source[i]) as image:
+                return to_square(image, self.side)
+        except Exception:  # PIL raises a dozen kinds
+            return torch.zeros(3, self.side, self.side, dtype=torch.uint8), 0.0
 
     def subset(self, rows):
-        """rows: indices -> ImageSet of these, not decoded."""
-        source, names = [self.source[i] for i in rows], [self.names[i] for i in rows]
-        return ImageSet(self.origin, source, names, self.labels[rows], self.classes, self.left_out)
+        part = copy.copy(self)
+        part.source, part.names = [self.source[i] for i in rows], [self.names[i] for i in rows]
+        part.labels = self.labels[rows]
+        if self.pixels is not None:
+            part.pixels, part.aspect = self.pixels[rows], self.aspect[rows]
+        return part
 
     def load(self, index_lists, device):
-        """index_lists: iterable of (B,) indices -> yields uint8 images (B, 3, S, S) and their
-        aspects (B,), width / height, on the device."""
+        """Lists of B indices -> yields uint8 images (B, 3, S, S) and their aspects (B,), width /
+        height, on the device."""
         if self.pixels is not None:
             for indices in index_lists:
                 indices = torch.as_tensor(indices, device=self.pixels.device)
@@ -384,10 +315,7 @@ class ImageSet(Dataset):
         loader = DataLoader(self, batch_sampler=(torch.as_tensor(i).tolist() for i in index_lists),
                             num_workers=self.workers, pin_memory=device.type == "cuda",
                             generator=torch.Generator())  # else it draws from the global one
-        for images, aspect, indices, reasons in loader:
-            self.unreadable |= {i: r for i, r in zip(indices.tolist(), reasons) if r}
-            if not aspect.all():
-                raise Failure(f"100 images in a row are unreadable: {max(reasons, key=len)}, ...")
+        for images, aspect in loader:
             yield images.to(device, non_blocking=True), aspect.float().to(device, non_blocking=True)
 
 
@@ -396,33 +324,89 @@ def hash_order(names):
     return sorted(range(len(names)), key=lambda i: zlib.crc32(os.fsencode(names[i])))
 
 
-def decode(images, device):
-    """Decode all images onto the device if they take at most half of the free memory; each process
-    decodes its share for all."""
-    n, cpu = len(images), torch.device("cpu")
-    fits = n * 3 * images.side**2 <= min(free_memory(device), free_memory(cpu)) / 2
-    if all_sum(torch.tensor(float(fits))) < world_size():
-        return
-    pixels = torch.zeros(n, 3, images.side, images.side, dtype=torch.uint8)
-    aspect, mine = torch.zeros(n), torch.arange(rank(), n, world_size()).split(64)
-    images.workers *= n > 1000 and isinstance(images.source[0], str)  # else sooner done alone
-    for rows, batch in zip(mine, progress(images.load(mine, cpu), "decoding", len(mine))):
-        pixels[rows], aspect[rows] = batch
-    if world_size() > 1:
-        for part in (aspect, *pixels.split(4096)):  # in place: no second copy of the set
-            dist.all_reduce(part)
-        dist.all_gather_object(found := [None] * world_size(), images.unreadable)
-        images.unreadable = {i: reason for part in found for i, reason in part.items()}
-    images.labels[list(images.unreadable)] = -1
-    images.pixels, images.aspect = pixels.to(device), aspect.to(device)
+def folder_set(root, skip=(), classes=None):
+    """The images below a folder, each real folder once, hidden names left out. The folders directly
+    below it are the classes, if they are two or more."""
+    files, others, seen = [], Counter(), set(map(os.path.realpath, skip))
+    for folder, subfolders, names in os.walk(root, followlinks=True,
+                                             onerror=lambda error: others.update([str(error)])):
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+        for name in sorted(name for name in names if name[0] != "."):
+            if (kind := os.path.splitext(name)[1].lower()) in EXTENSIONS:
+                files.append(os.path.join(folder, name))
+            else:
+                others[f"{kind or name}: not decoded here"] += 1
+    names = [os.path.relpath(file, root) for file in files]
+    parts = [name.split(os.sep)[0] if os.sep in name else None for name in names]
+    found = sorted({*parts} - {None})
+    classes = classes or (found if len(found) > 1 else [])
+    number = {name: i for i, name in enumerate(classes)}
+    return ImageSet(str(root), files, names, [number.get(part, -1) for part in parts], classes,
+                    [f"{count} {kind}" for kind, count in others.items()])
+
+
+def torchvision_set(name, train):
+    """A set of torchvision.datasets, which downloads it to ./data."""
+    known = {n.lower(): getattr(torchvision.datasets, n) for n in torchvision.datasets.__all__}
+    if not (make := known.get(name.lower())):
+        raise Failure(f"--data {name}: no such folder, and no torchvision set of that name")
+    try:
+        items = make("data", train=train, download=True)
+    except TypeError:
+        part = "train+unlabeled" if name.lower() == "stl10" else "train"
+        items = make("data", split=part if train else "test", download=True)
+    labels = items.targets if hasattr(items, "targets") else items.labels
+    classes = [str(c) for c in getattr(items, "classes", sorted({*labels}))]
+    names = [f"{name}/{train}/{i}" for i in range(len(items))]
+    return ImageSet(name, [(items, i) for i in range(len(items))], names, labels, classes)
+
+
+def find_sets(data):
+    """The value of --data -> (training, test) ImageSets, not decoded; test is None where there is
+    nothing to evaluate on."""
+    if data is None:
+        return builtin_set("train", 5000, seed=0), builtin_set("test", 1000, seed=1)
+    if not os.path.isdir(data):
+        return torchvision_set(data, True), torchvision_set(data, False)
+    folders = {path.name.lower(): path for path in sorted(Path(data).glob("[!.]*"))
+               if path.is_dir()}
+    tests = [folders.pop(name) for name in TEST_FOLDERS if name in folders]
+    first = folders.pop("train", folders.pop("training", None))
+    train, test = folder_set(first or data, skip=tests), None
+    if not len(train):
+        raise Failure(f"no training images below {data} (looked for {' '.join(EXTENSIONS)})")
+    if tests and train.classes:
+        test = folder_set(tests.pop(0), classes=train.classes)
+    elif train.classes:
+        order, count = hash_order(train.names), -(-len(train) // 10)
+        test, train = train.subset(sorted(order[:count])), train.subset(sorted(order[count:]))
+        test.left_out = []
+    for unused in tests + [*folders.values()] * bool(first):
+        train.left_out.append(f"folder {unused.name}/")
+    return train, test
+
+
+def median_side(images):
+    """Median of the shorter sides, in pixels, of up to 100 of the images."""
+    sides = []
+    for source in images.source[:: -(-len(images) // 100)]:
+        with suppress(Exception), open_image(source) as image:
+            sides.append(min(image.size))
+            if getattr(image, "n_frames", 1) > 1:
+                images.left_out = [*dict.fromkeys([*images.left_out, "pages beyond the first"])]
+    return sorted(sides)[len(sides) // 2] if sides else 1
 
 
 def free_memory(device):
-    """Free bytes of the device; of a CPU, half of what the machine or the container has."""
+    """Free bytes of a GPU; of a CPU, a process's share of half the machine's or the container's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     total = 8e9  # where nobody says
-    with contextlib.suppress(AttributeError, OSError, ValueError):
+    with suppress(AttributeError, OSError, ValueError):
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # or "max"
     return total / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -438,104 +422,71 @@ def progress(items, what, total):
             say(f"{what}: {done / total:.0%}, {left} left")
 
 
-def find_sets(data):
-    """The value of --data -> (training, test) ImageSets, not decoded; test is None where there is
-    nothing to evaluate on. Labels are the names of the folders directly below the root."""
-    if data is None:
-        return builtin_set("train", 5000, seed=0), builtin_set("test", 1000, seed=1)
-    if not (root := Path(data)).is_dir():
-        return torchvision_sets(data)
-    folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
-    tests = [folders.pop(name) for name in TEST_FOLDERS if name in folders]
-    first = folders.pop("train", folders.pop("training", None))
-    train, test = folder_set(first or root, skip=tests), None
-    for unused in tests[1:] + [*folders.values()] * bool(first):
-        train.left_out[f"folder {unused.name}/"] += 1
-    if not len(train):
-        raise Failure(f"no training images below {data} (looked for {' '.join(EXTENSIONS)})")
-    if tests and train.classes:
-        test = folder_set(tests[0], train.classes)
-        known = (test.labels >= 0).nonzero().flatten().tolist()
-        test.left_out["of no training class"] += len(test) - len(known)
-        test = test.subset(known) if known else None
-    elif train.classes:
-        order = [i for i in hash_order(train.names) if train.labels[i] >= 0]
-        held_out = set(order[: -(-len(order) // 10)])
-        test = train.subset(sorted(held_out))
-        train = train.subset([i for i in range(len(train)) if i not in held_out])
-    return train, test
+def decode(images, side, workers, device):
+    """-> the readable images. They stay on the device if they take at most half of its free memory,
+    else they are decoded again for each use. Each process decodes its share for all."""
+    n, cpu, images.side = len(images), torch.device("cpu"), side
+    if n > 1000 and isinstance(images.source[0], str):  # others are sooner decoded without
+        images.workers = workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    fits = n * 3 * side**2 <= min(free_memory(device), free_memory(cpu)) / 2
+    fits = all_sum(torch.tensor(float(fits))) == world_size()
+    aspect, pixels = torch.zeros(n), torch.zeros(n * fits, 3, side, side, dtype=torch.uint8)
+    mine = torch.arange(rank(), n, world_size()).split(64)
+    for rows, batch in zip(mine, progress(images.load(mine, cpu), "decoding", len(mine))):
+        aspect[rows] = batch[1]
+        if fits:
+            pixels[rows] = batch[0]
+    if world_size() > 1:
+        for part in aspect, *pixels.split(4096):  # in place: no second copy of the set
+            dist.all_reduce(part)
+    if fits:
+        images.pixels, images.aspect = pixels, aspect
+    if bad := [name for name, value in zip(images.names, aspect.tolist()) if not value]:
+        images = images.subset(aspect.nonzero().flatten().tolist())
+        names = ", ".join(map(repr, bad[:3])) + ", ..." * (len(bad) > 3)
+        images.left_out = [*images.left_out, f"{len(bad)} unreadable ({names})"]
+    if fits:
+        images.pixels, images.aspect = images.pixels.to(device), images.aspect.to(device)
+    return images
 
 
-def folder_set(root, classes=None, skip=()):
-    """The images below a folder. The first part of a name is the class, if there are two or more."""
-    files, others = find_images(root, skip)
-    names = [os.path.relpath(file, root) for file in files]
-    parts = [name.split(os.sep)[0] if os.sep in name else None for name in names]
-    found = sorted(set(parts) - {None})
-    classes = classes or (found if len(found) > 1 else [])
-    labels = [classes.index(part) if part in classes else -1 for part in parts]
-    return ImageSet(str(root), files, names, labels, classes, others)
-
-
-def torchvision_sets(name):
-    """(training, test) sets of torchvision.datasets, downloaded by torchvision under ./data."""
-    known = {n.lower(): getattr(torchvision.datasets, n) for n in torchvision.datasets.__all__}
-    if not (make := known.get(name.lower())):
-        raise Failure(f"--data {name}: no such folder, and no torchvision set of that name")
-    key, *parts = (("train", True, False) if "train" in inspect.signature(make).parameters
-                   else ("split", "train", "test"))
-    sets = [make(root="data", download=True, **{key: part}) for part in parts]
-    labels = [getattr(s, next(a for a in ("targets", "labels", "_labels") if hasattr(s, a))) for s in sets]
-    return [ImageSet(name, [(s, i) for i in range(len(s))], [f"{name}/{part}/{i}" for i in range(len(s))],
-                     y, [str(c) for c in getattr(s, "classes", sorted(set(y)))])
-            for s, y, part in zip(sets, labels, parts)]
+def describe(images, device):
+    """A line that would show a misreading; Failure for images that are all of one colour."""
+    if not images:
+        raise Failure(f"{images.origin}: nothing to read; {'; '.join(images.left_out)}")
+    some, _ = next(images.load([range(0, len(images), -(-len(images) // 50))], device))
+    if (some.flatten(1).amax(1) - some.flatten(1).amin(1) < 16).all():
+        raise Failure(f"the images of {images.origin} come out almost of one colour, with values "
+                      f"of {some.min()} to {some.max()} of 255: convert them to 8 bits")
+    names = ", ".join(images.classes[:3]) + ", ..." * (len(images.classes) > 3)
+    line = f"{len(images):,} of {images.origin}, {len(images.classes)} classes ({names})"
+    unlabelled = (images.labels < 0).sum()
+    return "; ".join([line, *[f"{unlabelled} of no class"] * bool(unlabelled), *images.left_out])
 
 
 def load_data(data, image_size, max_images=None, workers=0, device=torch.device("cpu")):
     """-> (training, test) ImageSets, decoded where they fit; test is None where there is nothing to
-    evaluate on. The neighbours of unreadable images stand for them, without a label.
-
-    Images keep the detail of a canvas 8/7 of the view (256 pixels for 224), at least 64 pixels, and
-    no larger than the median image.
-    """
+    evaluate on. Images keep the detail of a canvas 8/7 of the view (256 pixels for 224), at least
+    64 pixels, and no larger than the median image."""
     sets = find_sets(data) if rank() == 0 else None  # it downloads for the others
     all_sum(torch.zeros(1))  # waits for all
     train, test = sets or find_sets(data)
     if max_images and max_images < len(train):
         train = train.subset(sorted(hash_order(train.names)[:max_images]))
     side = min(max(image_size * 8 // 7, 64), median_side(train))
-    for what, images in ("training", train), ("test", test):
-        if images is None:
-            say("no test images: nothing to evaluate on")
-            continue
-        images.side, images.workers = side, workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        decode(images, device)
-        say(f"{what} images: {describe(images)}")
+    train = decode(train, side, workers, device)
+    say(f"training images: {describe(train, device)}")
+    try:
+        if test is not None:
+            test = decode(test, side, workers, device)
+            say(f"test images: {describe(test, device)}")
+    except Failure as error:
+        say(f"test images: {error}")
+        test = None
+    if test is None or test.labels.max() < 0:
+        say("no test images with labels: nothing to evaluate on")
+        test = None
     return train, test
-
-
-def median_side(images):
-    """Median of the shorter sides, in pixels, of up to 100 of the images."""
-    sides = []
-    for source in images.source[:: -(-len(images) // 100)]:
-        with contextlib.suppress(Exception), open_image(source) as image:
-            sides.append(min(image.size))
-            images.left_out["read without their further pages"] += getattr(image, "n_frames", 1) > 1
-    return sorted(sides)[len(sides) // 2] if sides else 1
-
-
-def describe(images):
-    """A line that would show a misreading; Failure for images that are all of one colour."""
-    some = torch.stack([images[i][0] for i in range(0, len(images), -(-len(images) // 50))])
-    if (some.flatten(1).amax(1) - some.flatten(1).amin(1) < 16).all():
-        raise Failure(f"the images of {images.origin} come out almost of one colour, with values of "
-                      f"{some.min()} to {some.max()} of 255: convert them to 8 bits")
-    names = ", ".join(images.classes[:3]) + ", ..." * (len(images.classes) > 3)
-    classes = f"{len(images.classes)} classes ({names})" if images.classes else "no class folders"
-    left_out = [f"{count} {what}" for what, count in (+images.left_out).items()]
-    if reasons := [*images.unreadable.values()]:
-        left_out.append(f"{len(reasons)} unreadable, {', '.join(reasons[:3])}")
-    return f"{len(images):,} of {images.origin}, {classes}" + "; ".join(["", *left_out])
 
 
 # ------------------------------------------------------------------------------ built-in images
@@ -604,7 +555,9 @@ def builtin_set(name, count, seed):
         front, back = (inside * front)[:, None], ((1 - inside) * back)[:, None]
         colors = draw(0.96, 1.04, 3) * front + draw(0.96, 1.04, 3) * back
         rows.copy_((255 * colors).round().clamp(0, 255))
-    return ImageSet("drawn images", [*map(to_pil_image, pixels)], names, labels, [*RELIEFS])
+    pictures = [(to_pil_image(image), 0) for image in pixels]
+    source = [(pictures, i) for i in range(count)]
+    return ImageSet("drawn images", source, names, labels, [*RELIEFS])
 
 
 # --------------------------------------------------------------------------------- augmentation
@@ -613,14 +566,13 @@ def builtin_set(name, count, seed):
 # a torchvision pipeline: crops are resampled from the square canvas, whose size caps their detail;
 # values stay float between operations; the operations of the jitter have one order per batch.
 
-
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def resized_crop(images, boxes, size, interpolation="bilinear"):
-    """uint8 images, boxes (B, 4): top, left, height, width in pixels of the canvas -> crops, resized
-    with antialiasing, as two matrix products: the filter (bicubic: a = -1/2) widens as a crop
-    shrinks. A pixel that the box cuts counts for its part inside."""
+    """uint8 images, boxes (B, 4): top, left, height, width in pixels of the canvas -> crops,
+    resized with antialiasing, as two matrix products: the filter (bicubic: a = -1/2) widens as a
+    crop shrinks. A pixel that the box cuts counts for its part inside."""
     pixel = torch.arange(images.shape[3], device=images.device)
     start, length = boxes.view(-1, 2, 2, 1, 1).unbind(1)  # (B, 2, 1, 1): vertical, horizontal
     scale = length / size  # canvas pixels per output pixel
@@ -657,7 +609,7 @@ def random_resized_crop(images, aspect, size, scale, interpolation="bilinear"):
 
 
 def central_crop(images, aspect, size):
-    """The central square of the original: 7/8 of the short side (256 -> 224), all of it up to 64."""
+    """The original's central square: 7/8 of the short side (256 -> 224), all of it up to 64."""
     side = images.shape[3] * (7 / 8 if size > 64 else 1)
     sides = side * torch.stack([aspect.clamp(max=1), (1 / aspect).clamp(max=1)], 1)
     return resized_crop(images, torch.cat([(images.shape[3] - sides) / 2, sides], 1), size)
@@ -700,12 +652,9 @@ def color_jitter(x, brightness, contrast, saturation, hue, p=0.8):
 
 
 def adjust_hue(x, shift):
-    """shift (B,): turns of the HSV hue.
-
-    For a colour (r, g, b) stretched to minimum 0 and maximum 1, the hue in sixths of a turn is
-    ±(1 + g + b - r) with the sign of g - b, and each channel is 2 - |distance of the hue to the
-    channel's own|, cut to [0, 1]: no cases, no HSV.
-    """
+    """shift (B,): turns of the HSV hue. For a colour (r, g, b) stretched to minimum 0 and maximum
+    1, the hue in sixths of a turn is ±(1 + g + b - r) with the sign of g - b, and each channel is
+    2 - |distance of the hue to the channel's own|, cut to [0, 1]: no cases, no HSV."""
     r, g, b = x.split(1, 1)
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     hue = (g - low).add_(b - r).div_((high - low).clamp_(min=1e-12)).add_(1).copysign_(g - b)
@@ -796,7 +745,7 @@ def make_backbone(arch, image_size, zero_init_residual=False):
     a ResNet a 3x3 stem without pooling. Others are torchvision's, without their last layer."""
     name, _, width = arch.partition("x")
     if name in DEPTHS and len(DEPTHS[name][1]) == 3:  # for a CPU: resnet20 has twice the width of
-        return ResNet(*DEPTHS[name], 0.5 * float(width or 1), "tiny")  # the paper's, half the pixels
+        return ResNet(*DEPTHS[name], 0.5 * float(width or 1), "tiny")  # the paper, half the pixels
     if name in DEPTHS:
         stem = "cifar" if image_size <= 64 else "imagenet"
         return ResNet(*DEPTHS[name], float(width or 1), stem, zero_init_residual)
@@ -806,33 +755,29 @@ def make_backbone(arch, image_size, zero_init_residual=False):
     network.set_submodule(last, nn.Identity())
     if arch.startswith(("alexnet", "vgg")):  # their hidden layers go, too
         network.avgpool, network.classifier = nn.AdaptiveAvgPool2d(1), nn.Identity()
-        network.feature_dim = max(p.shape[0] for p in network.features.parameters())
+        network.feature_dim = 256 if arch == "alexnet" else 512
     return network
 
 
 # -------------------------------------------------------------------------------- around the step
 
 
-@contextlib.contextmanager
+@contextmanager
 def writing(path):
     """Names the file in what can go wrong with a disk."""
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         yield
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise Failure(f"cannot write {path}: {reason}")
+        raise Failure(f"cannot write {path}: {error.__context__ or error}")
 
 
 def save_file(path, value):
     """torch.save, so that at any moment `path` is the old file or the new one, and never a part."""
-    temporary = Path(f"{path}.tmp")
-    with writing(path):
-        with open(temporary, "wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    with writing(path), open(f"{path}.tmp", "wb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
 
 
 def read_file(path):
@@ -840,121 +785,104 @@ def read_file(path):
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # old formats have none
             raise ValueError("its checksum is wrong")
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, on what other programs wrote
+        with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise a dozen kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise Failure(f"{path} is missing, damaged or no file of weights: {reason}")
-
-
-def read_checkpoint(out, method):
-    """-> the dict that `save_checkpoint` saved, of a run of this method."""
-    saved = read_file(path := Path(out, "checkpoint.pth"))
-    kinds = {"args": dict, "step": int, "images": int, "model": dict, "optimizer": dict}
-    found = saved.get("method") if isinstance(saved, dict) else None
-    if found != method or not all(isinstance(saved.get(k), kind) for k, kind in kinds.items()):
-        raise Failure(f"{path} holds no run of {method}.py (method: {found})")
-    return saved
-
-
-def fingerprint(images):
-    return zlib.crc32("\n".join(images.names).encode(errors="surrogateescape"))
+        raise Failure(f"cannot read {path}: {str(error) or type(error).__name__}")
 
 
 def save_checkpoint(args, step, images, model, optimizer, backbone):
     """checkpoint.pth, the whole run after `step` steps, and backbone.pth, what users want of it ->
     the time."""
-    weights, path = model.state_dict(), Path(args.out, "checkpoint.pth")
+    weights, log = model.state_dict(), Path(args.out, "log.jsonl")
     if not torch.stack([value.isfinite().all() for value in weights.values()]).all():
-        raise Failure(f"weights are not finite at step {step}: try a lower --lr; {path} is older")
+        raise Failure(f"weights are not finite at step {step}: try a lower --lr; {args.out} holds "
+                      "an earlier step")
     if rank() == 0:
-        saved_args = {name: value for name, value in vars(args).items() if name != "given"}
-        save_file(path, {"method": args.method, "recipe": args.recipe, "args": saved_args,
-                         "step": step, "images": fingerprint(images), "model": weights,
-                         "optimizer": optimizer.state_dict()})
-        save_file(Path(args.out, "backbone.pth"),
+        free = "out", "resume", "device", "workers", "given"  # may change without a word
+        saved_args = {name: value for name, value in vars(args).items() if name not in free}
+        save_file(f"{args.out}/checkpoint.pth", {
+            "method": args.method, "recipe": args.recipe, "args": saved_args, "step": step,
+            "images": len(images), "log": log.stat().st_size if log.exists() else 0,
+            "model": weights, "optimizer": optimizer.state_dict()})
+        save_file(f"{args.out}/backbone.pth",
                   {name: value.cpu() for name, value in backbone.state_dict().items()})
     return time.monotonic()
 
 
 def load_checkpoint(args, images, model, optimizer):
     """Restore the run in --out, if there is one, and cut its log back to it -> the steps done."""
-    if not Path(args.out, "checkpoint.pth").exists():
-        say(f"writing to {args.out}")
+    os.makedirs(args.out, exist_ok=True)
+    if not os.path.exists(f"{args.out}/checkpoint.pth"):
+        say(f"--recipe {args.recipe}, --out {args.out}")
         return 0
-    saved, path = read_checkpoint(args.out, args.method), Path(args.out, "log.jsonl")
-    step = saved["step"]
-    if saved["images"] != fingerprint(images):
-        raise Failure(f"{args.out} was trained on other images than those of --data")
-    if args.epochs * (len(images) // args.batch_size) < step:
+    saved, log = read_file(f"{args.out}/checkpoint.pth"), f"{args.out}/log.jsonl"
+    if saved["images"] != len(images):
+        raise Failure(f"{args.out} was trained on {saved['images']} images, not {len(images)}")
+    if args.epochs * (len(images) // args.batch_size) < saved["step"]:
         raise Failure(f"--epochs {args.epochs}: the run in {args.out} is beyond them already")
     try:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (KeyError, RuntimeError, ValueError) as error:
         raise Failure(f"{args.out}/checkpoint.pth does not fit this model: {error}")
-    changed = {"--" + k.replace("_", "-") for k in args.given if saved["args"][k] != vars(args)[k]}
-    changed = sorted(changed - {"--resume", "--data", "--out", "--device", "--workers", "--print-freq"})
-    say(f"continuing {args.out} after step {step}" + f", as another run: {' '.join(changed)} changed"
-        * bool(changed))
-    if rank() == 0 and path.exists():
-        lines = [line for line in path.read_text().split("\n")[:-1]
-                 if json.loads(line)["step"] <= step and '"report"' not in line]
-        path.with_suffix(".tmp").write_text("".join(line + "\n" for line in lines))
-        os.replace(path.with_suffix(".tmp"), path)
-    return step
+    changed = [f"--{name.replace('_', '-')}" for name in args.given
+               if saved["args"].get(name, vars(args)[name]) != vars(args)[name]]
+    changed = " ".join(changed) or "nothing"
+    say(f"continuing {args.out} after step {saved['step']}; changed: {changed}")
+    if rank() == 0 and os.path.exists(log):
+        os.truncate(log, min(saved["log"], os.path.getsize(log)))
+    return saved["step"]
 
 
 def batch_that_fits(args, images):
-    """--batch-size; a recipe's that is larger than the set shrinks to it, one given by hand not."""
-    share, n = 2 * world_size(), len(images)
-    if args.batch_size > n and ("batch_size" in args.given or n < share):
-        raise Failure(f"{n} training images are fewer than --batch-size {args.batch_size}")
-    return min(args.batch_size, n // share * share)
+    """--batch-size, in equal shares of two or more; a recipe's shrinks to what fits."""
+    n, share, batch = len(images), 2 * world_size(), args.batch_size
+    if "batch_size" not in args.given and (batch > n or batch % world_size()):
+        batch = min(batch, n) // share * share
+        say(f"--batch-size {batch}: what suits {n} training images and {world_size()} processes")
+    if not share <= batch <= n or batch % world_size():
+        raise Failure(f"--batch-size {args.batch_size}: there are {n} training images, in equal "
+                      f"shares of two or more for {world_size()} processes")
+    return batch
 
 
 def batches(images, args, step, device):
     """Yields step, images (B/W, 3, S, S) uint8 and aspect (B/W,), from this step to the last.
-
     Epochs are permutations by seed and epoch, without an incomplete last batch; before each step
-    the generators are seeded by seed and step: so a resumed run continues bit for bit, with any
-    number of workers.
-    """
-    n, batch = len(images), args.batch_size
+    the generators are seeded by seed and step: so a resumed run continues bit for bit."""
+    steps, share = len(images) // args.batch_size, args.batch_size // world_size()
 
-    def order():  # this process's share of each batch
-        for s in range(step, args.epochs * (n // batch)):
-            epoch, first = divmod(s, n // batch)
-            if s == step or first == 0:
-                seed = 2**40 + args.seed * 1_000_003 + epoch
-                rows = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-                rows = rows.to("cpu" if images.pixels is None else device)
-            yield rows[first * batch :][:batch].chunk(world_size())[rank()]
+    def shares():  # this process's indices, for each step
+        for epoch in range(step // steps, args.epochs):
+            generator = torch.Generator().manual_seed(2**40 + args.seed * 1_000_003 + epoch)
+            rows = torch.randperm(len(images), generator=generator)[: steps * args.batch_size]
+            rows = rows.to("cpu" if images.pixels is None else device)
+            first = step % steps if epoch == step // steps else 0
+            yield from rows.view(steps, world_size(), share)[first:, rank()]
 
-    for step, (pixels, aspect) in enumerate(images.load(order(), device), step):
-        seed = (args.seed + 1) * 1_000_003 + step
+    for done, (pixels, aspect) in enumerate(images.load(shares(), device), step):
+        seed = (args.seed + 1) * 1_000_003 + done
         torch.default_generator.manual_seed(seed)  # torch.manual_seed costs 100 times more
         if device.type != "cpu":
             getattr(torch, device.type).manual_seed(seed)
-        yield step, pixels, aspect
+        yield done, pixels, aspect
 
 
 def log(args, done, total_steps, started, lr, loss, chance=None, **health):
     """A line on the screen and in log.jsonl; the means over the processes of loss and health, which
     are scalars. started: step and time at which this process began; lr: of this step."""
-    line = {"loss": loss, **health}
-    values = [torch.as_tensor(v, device=loss.device).detach().float() for v in line.values()]
-    values = (all_sum(torch.stack(values)) / world_size()).tolist()
-    line = {name: round(value, 6) for name, value in zip(line, values)}
-    if not math.isfinite(line["loss"]):
-        raise Failure(f"loss is {line['loss']} at step {done} (lr {lr:.3g}): try a lower --lr; "
+    names, values = zip(("loss", loss), *health.items())
+    values = torch.stack([torch.as_tensor(v, device=loss.device).detach().float() for v in values])
+    values = [round(value, 6) for value in (all_sum(values) / world_size()).tolist()]
+    if not math.isfinite(values[0]):
+        raise Failure(f"loss is {values[0]} at step {done} (lr {lr:.3g}): try a lower --lr; "
                       f"{args.out} holds an earlier step")
     seconds, epoch = time.monotonic() - started[1], -(-done * args.epochs // total_steps)
     speed = (done - started[0]) / seconds  # steps per second
-    write_log(args, {"step": done, "epoch": epoch, **line, "lr": lr, "seconds": round(seconds, 2),
-                     "images_per_s": round(speed * args.batch_size)})
-    loss, *health = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in line.items())
+    write_log(args, {"step": done, "epoch": epoch, **dict(zip(names, values)), "lr": lr,
+                     "seconds": round(seconds, 2), "images_per_s": round(speed * args.batch_size)})
+    loss, *health = (f"{name.replace('_', ' ')} {v:.4f}" for name, v in zip(names, values))
     loss += f" (chance {chance:.4f})" if chance is not None else ""
     left = timedelta(seconds=round((total_steps - done) / speed))
     say("  ".join([f"epoch {epoch}/{args.epochs}", f"step {done}/{total_steps}", loss, *health,
@@ -963,7 +891,7 @@ def log(args, done, total_steps, started, lr, loss, chance=None, **health):
 
 def write_log(args, line):
     if rank() == 0:
-        with writing(path := Path(args.out, "log.jsonl")), open(path, "a") as file:
+        with writing(path := f"{args.out}/log.jsonl"), open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -971,17 +899,15 @@ def examples(images, device, count=10):
     """-> an image of each class, uint8, and the aspects; without labels, from all over the set."""
     labels = images.labels.tolist()
     rows = [labels.index(label) for label in sorted({*labels} - {-1})[:count]]
-    rows = rows or range(0, len(images), -(-len(images) // count))
-    pixels, aspect = zip(*(images[i][:2] for i in rows))
-    return torch.stack(pixels).to(device), torch.tensor(aspect, device=device)
+    return next(images.load([rows or range(0, len(images), -(-len(images) // count))], device))
 
 
 def save_picture(path, *columns):
-    """Columns of pictures (B, 3, ., .) in [0, 1], of any sizes, enlarged: a row for each of the B."""
+    """Columns of B pictures (B, 3, ., .) in [0, 1], of any size, enlarged: B rows."""
     side = max(column.shape[-1] for column in columns)
-    columns = [F.interpolate(c.float(), side * -(-128 // side), mode="nearest-exact") for c in columns]
-    with writing(path):
-        save_image(torch.stack(columns, 1).flatten(0, 1), path, nrow=len(columns), padding=4, pad_value=1)
+    side *= -(-128 // side)
+    rows = torch.stack([F.interpolate(c.float(), side, mode="nearest-exact") for c in columns], 1)
+    save_image(rows.flatten(0, 1), path, nrow=len(columns), padding=4, pad_value=1)
 
 
 def save_views(args, images, device, *augments):
@@ -989,4 +915,4 @@ def save_views(args, images, device, *augments):
     if rank() == 0:
         pixels, aspect = examples(images, device)
         views = [denormalize(augment(pixels, aspect)) for augment in augments]
-        save_picture(Path(args.out, "views.png"), pixels / 255, *views)
+        save_picture(f"{args.out}/views.png", pixels / 255, *views)

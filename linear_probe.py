@@ -1,29 +1,20 @@
-"""Linear probe: what is a backbone that was trained without labels good for?
+"""Linear probe: what is a backbone good for, beside itself untrained and raw pixels?
 
-The frozen backbone encodes each image once. On its features stand a weighted kNN and a linear
-classifier, beside the same network at random initialisation and raw pixels, so that one sees what
-training added.
-
-    images ─► frozen backbone ─► features ─┬─► vote of the nearest training features ────► top-1
-                  │              (N, C)    └─► softmax regression, its penalty chosen on
-                  │                            a held-out tenth of the training set ─────► top-1
-                  └─► --layers: the same top-1 after each stage (pretext tasks: best in the middle)
+    images ─► frozen backbone ─► features ─┬─► vote of the nearest training features ─► top-1
+                                 (N, C)    └─► softmax regression, its penalty chosen on
+                                               a tenth of the training images ────────► top-1
 
 Run    python linear_probe.py --checkpoint runs/simclr/backbone.pth --data folder
-       Also for files of torchvision, timm, MoCo, SimSiam, SwAV, Barlow Twins, VICReg, DINO, MAE and
-       solo-learn: the architecture is read from the weights' names and shapes.
-       --features embeddings.npz writes what the backbone makes of each image, with file names.
+       Also for ResNets and ViTs of torchvision, timm, solo-learn and the methods' official code.
 
 Departures: papers train the probe by SGD on augmented views, for up to a point more, and several
-choose its rate on the test set. Here the features are those of the centre view, the fit has
-converged (--steps shows how long SGD takes), and the test set is used once.
+choose its rate on the test set. Here views are central, and the test set is used once.
 """
 
 import copy
 import math
 import os
 import re
-import sys
 from functools import partial
 
 import numpy as np
@@ -35,7 +26,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 import common
-from common import Failure, progress, rank, say, world_size
+from common import Failure, rank, say, world_size
 
 # --------------------------------------------------------------------------------------- features
 
@@ -45,67 +36,43 @@ def centre_view(images, aspect, image_size):
     return common.normalize(common.central_crop(images, aspect, image_size))
 
 
+def stage_features(network, stages, x):
+    """-> the features (B, C) after each of these stages; the stage "" is the end. A map is averaged
+    over a grid that leaves about as many numbers as there are at the end, because more features
+    alone raise an accuracy; a ViT's tokens are averaged over the patches."""
+    outputs = {}
+    hooks = [network.get_submodule(stage).register_forward_hook(
+        lambda module, inputs, output, stage=stage: outputs.update({stage: output}))
+        for stage in stages]
+    dim = network(x).shape[1]
+    for hook in hooks:
+        hook.remove()
+    for stage, z in outputs.items():
+        if z.dim() == 4:
+            outputs[stage] = F.adaptive_avg_pool2d(z, round((dim / z.shape[1]) ** 0.5)).flatten(1)
+        elif z.dim() == 3:
+            outputs[stage] = z[:, 1:].mean(1)
+    return [outputs[stage] for stage in stages]
+
+
 @torch.no_grad()
-def extract_features(network, images, indices, view, device):
-    """-> features (N, C) float32 and readable (N,) bool on `device`, in the order of `indices`.
-
-    Each of W processes encodes every W-th image and gets the rows of all. view(images, aspect)
-    makes the network's input.
-    """
-    (first,) = images.load([indices[:1]], device)
-    features = torch.zeros(len(indices), network(view(*first)).shape[1], device=device)
-    readable = torch.zeros(len(indices), device=device)
-    mine = torch.arange(rank(), len(indices), world_size()).split(256)
-    loaded = images.load([indices[rows] for rows in mine], device)
-    for rows, batch in zip(mine, progress(loaded, "encoding", len(mine))):
-        x, rows = view(*batch), rows.to(device)
+def extract_features(network, images, indices, view, device, stages=("",)):
+    """-> features (N, C) float32 of each stage, and readable (N,) bool, in the order of `indices`.
+    Each of W processes encodes every W-th image as view(images, aspect), and has all in the end."""
+    blank = torch.zeros(1, 3, images.side, images.side, dtype=torch.uint8, device=device)
+    features = [torch.zeros(len(indices), z.shape[1], device=device)
+                for z in stage_features(network, stages, view(blank, torch.ones(1, device=device)))]
+    mine = [i for i in torch.arange(rank(), len(indices), world_size()).split(256) if len(i)]
+    batches = images.load([indices[rows] for rows in mine], device)
+    for rows, batch in zip(mine, common.progress(batches, "encoding", len(mine))):
+        x = view(*batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            features[rows] = network(x).float()
-        readable[rows] = torch.tensor([float(i not in images.unreadable)
-                                       for i in indices[rows.cpu()].tolist()], device=device)
-    if world_size() > 1:
-        dist.all_reduce(features)  # in place: the rows of a million images are gigabytes
-        dist.all_reduce(readable)
-    return features, readable > 0
-
-
-class Stage(nn.Module):
-    """The features after some stages of a backbone: (B, 3, H, W) -> (B, C).
-
-    A map is averaged over a grid that leaves about `size` numbers, because more features alone
-    raise an accuracy. Of a ViT's tokens, after its last LayerNorm, the mean of the patches or the
-    class token; of several blocks, side by side.
-    """
-
-    def __init__(self, backbone, stages, readout, size):
-        super().__init__()
-        self.backbone, self.stages, self.readout, self.size = backbone, stages, readout, size
-
-    def forward(self, x):
-        outputs = []
-        hooks = [self.backbone.get_submodule(stage).register_forward_hook(
-            lambda module, inputs, output: outputs.append(output)) for stage in self.stages]
-        self.backbone(x)
-        for hook in hooks:
-            hook.remove()
-        if self.readout == "map":
-            side = min(max(round((self.size / outputs[0].shape[1]) ** 0.5), 1), outputs[0].shape[2])
-            return F.adaptive_avg_pool2d(outputs[0], side).flatten(1)
-        norm = getattr(self.backbone, "norm", None) or self.backbone.encoder.ln
-        tokens = [norm(output) for output in outputs]
-        return torch.cat([z[:, 0] if self.readout == "class" else z[:, 1:].mean(1)
-                          for z in tokens], 1)
-
-
-def stages_of(backbone, size):
-    """{name: network that ends there}, with about `size` features each; a ViT has two readouts of
-    each block, and the last four class tokens together (DINO's probe of ViT-S)."""
-    names = getattr(backbone, "stages", [])
-    if not hasattr(backbone, "blocks") and not hasattr(backbone, "encoder"):
-        return {name: Stage(backbone, [name], "map", size) for name in names}
-    found = {f"{name} {readout}": Stage(backbone, [name], readout, size)
-             for name in names for readout in ("mean", "class")}
-    return found | {"last 4 class": Stage(backbone, names[-4:], "class", size)}
+            for z, found in zip(features, stage_features(network, stages, x)):
+                z[rows.to(device)] = found.float()
+    for z in features if world_size() > 1 else []:
+        dist.all_reduce(z)  # in place: the features of a million images are gigabytes
+    unreadable = [float(i in images.unreadable) for i in indices.tolist()]  # to this process
+    return features, common.all_sum(torch.tensor(unreadable, device=device)) == 0
 
 
 @torch.no_grad()
@@ -122,7 +89,7 @@ def calibrate_batch_norm(network, images, image_size, device, seed=0):
     network.eval()
 
 
-# --------------------------------------------------------------------------------- kNN and probe
+# ------------------------------------------------------------------------------------ evaluation
 
 
 @torch.no_grad()
@@ -141,12 +108,10 @@ def knn(train_features, train_labels, test_features, test_labels, k=200, tempera
 
 
 def linear_path(features, labels, classes):
-    """Softmax regression: yields (strength, classifier) from the strongest penalty to the weakest.
-
-    Each minimises mean cross-entropy + strength / 2 · ‖W‖² to convergence, from the one before.
-    L-BFGS works on V, where W = E diag(scale) V and E are the eigenvectors of the features'
-    covariance: in V all directions curve alike, and the same optimum takes a fifth of the steps.
-    """
+    """Softmax regression: yields (strength, classifier) from the strongest penalty to the weakest,
+    each the minimum of mean cross-entropy + strength / 2 · ‖W‖², found from the one before. L-BFGS
+    works on V, where W = E diag(scale) V and E are the eigenvectors of the features' covariance: in
+    V all directions curve alike, and the same optimum takes a fifth of the steps."""
     eigenvalues, directions = torch.linalg.eigh(features.T @ features / len(features))
     rotated = features.new_zeros(features.shape[1], classes)
     b = features.new_zeros(classes, requires_grad=True)
@@ -160,8 +125,8 @@ def linear_path(features, labels, classes):
 
         def closure():
             optimizer.zero_grad()
-            logits = features @ (directions @ (scale * v)) + classes**0.5 * b
-            loss = F.cross_entropy(logits, labels) + strength / 2 * (scale * v).square().sum()
+            loss = F.cross_entropy(features @ (directions @ (scale * v)) + classes**0.5 * b, labels)
+            loss = loss + strength / 2 * (scale * v).square().sum()
             loss.backward()
             return loss
 
@@ -171,232 +136,126 @@ def linear_path(features, labels, classes):
                                 bias=classes**0.5 * b.detach())
 
 
-def mlp_path(features, labels, classes):
-    """One hidden layer of 1024 units by AdamW: yields (epoch, classifier) after each epoch."""
-    torch.manual_seed(0)
-    classifier = nn.Sequential(nn.Linear(features.shape[1], 1024), nn.ReLU(),
-                               nn.Linear(1024, classes)).to(features)
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-3, weight_decay=1e-2)
-    for epoch in range(1, 101):
-        for rows in torch.randperm(len(features)).to(features.device).split(256):
-            optimizer.zero_grad()
-            F.cross_entropy(classifier(features[rows]), labels[rows]).backward()
-            optimizer.step()
-        yield epoch, classifier
-
-
-def sgd_path(features, labels, classes, strength):
-    """One strength of `linear_path` by plain SGD, from zero, in batches of 256 at a constant rate:
-    yields (steps, classifier) after 10, 30, 100, ... 10,000 steps."""
-    torch.manual_seed(0)
-    classifier = nn.Linear(features.shape[1], classes).to(features)
-    for p in classifier.parameters():
-        nn.init.zeros_(p)
-    # the rate that the curvature allows, which batches raise by an image's squared length / 256
-    curvature = torch.linalg.eigvalsh(features.T @ features / len(features))[-1].item() / 2
-    curvature += features.square().sum(1).mean().item() / 512 + 1e-6
-    optimizer = torch.optim.SGD([{"params": classifier.weight, "weight_decay": strength},
-                                 {"params": classifier.bias}], 1 / curvature)
-    for step in range(1, 10_001):
-        rows = torch.randint(len(features), (256,)).to(features.device)
-        optimizer.zero_grad()
-        F.cross_entropy(classifier(features[rows]), labels[rows]).backward()
-        optimizer.step()
-        if step in (10, 30, 100, 300, 1000, 3000, 10_000):
-            yield step, classifier
-
-
-def linear_probe(train_features, train_labels, test_features, test_labels, mlp=False, steps=False):
-    """-> dict: probe (top-1 in percent), chosen (penalty strength; for the MLP, epochs), held_out,
-    and, to show how far it has converged, steps: {steps of `sgd_path`: top-1}.
-
-    Features (N, C), standardised by the training ones' mean and std (MAE's BN without affine);
-    labels (N,) from 0; N at least 2. Settings are tried from the simplest on; the best on a tenth
-    of the training images, held out (top-1 by setting), is fitted again on all of them.
-    """
-    variance, mean = torch.var_mean(train_features, 0, correction=0)
-    x, test_x = ((z - mean) * (variance + 1e-6).rsqrt() for z in (train_features, test_features))
-
-    @torch.no_grad()
+def linear_probe(train_features, train_labels, test_features, test_labels):
+    """-> dict: probe (top-1 in percent), chosen (the penalty's strength), held_out (by strength,
+    top-1 on a tenth of the training images, before the fit to all). Features (N, C), N at least 2,
+    are standardised in place, as by MAE's BN without affine; labels (N,) from 0."""
     def top1(classifier, x, labels):
         return 100 * (classifier(x).argmax(1) == labels).sum().item() / len(labels)
 
-    path, patience = (mlp_path, 10) if mlp else (linear_path, 2)
-    y, classes, held_out = train_labels, int(train_labels.max()) + 1, {}
+    variance, mean = torch.var_mean(train_features, 0, correction=0)
+    for z in train_features, test_features:
+        z.sub_(mean).mul_((variance + 1e-6).rsqrt())
+    x, y, classes, held_out = train_features, train_labels, int(train_labels.max()) + 1, {}
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).to(y.device)
     held, rest = order.tensor_split([max(1, len(y) // 10)])
-    for setting, classifier in path(x[rest], y[rest], classes):
-        held_out[setting] = top1(classifier, x[held], y[held])
-        chosen = max(held_out, key=held_out.get)  # the simplest of equals
-        if len(held_out) - list(held_out).index(chosen) > patience:
+    for strength, classifier in linear_path(x[rest], y[rest], classes):
+        held_out[strength] = top1(classifier, x[held], y[held])
+        chosen = max(held_out, key=held_out.get)  # the strongest of equals
+        if len(held_out) - list(held_out).index(chosen) > 2:
             break
-    classifier = next(fit for setting, fit in path(x, y, classes) if setting == chosen)
-    result = {"probe": top1(classifier, test_x, test_labels), "chosen": chosen, "held_out": held_out}
-    if steps:
-        path = sgd_path(x, y, classes, chosen)
-        result["steps"] = {n: top1(fit, test_x, test_labels) for n, fit in path}
-    return result
-
-
-# ----------------------------------------------------------------------------------------- report
+    best = next(fit for strength, fit in linear_path(x, y, classes) if strength == chosen)
+    return {"probe": top1(best, test_features, test_labels), "chosen": chosen, "held_out": held_out}
 
 
 def alignment(z1, z2, alpha=2):
-    """E ‖f(x) - f(y)‖^α of unit f, over views x, y of an image: 0 invariant (2005.10242)."""
+    """E ‖z1 - z2‖^α of unit z (2005.10242), 0 if invariant: (B, D), (B, D) -> scalar."""
     return (F.normalize(z1, dim=1) - F.normalize(z2, dim=1)).norm(dim=1).pow(alpha).mean()
 
 
 def uniformity(z, t=2):
-    """log E exp(-t ‖f(x) - f(y)‖²) of unit f over pairs of images: 0 collapsed, about -4 spread in
-    all directions (2005.10242)."""
-    return F.pdist(F.normalize(z, dim=1)).square().mul(-t).exp().mean().log()
+    """log E exp(-t ‖z_i - z_j‖²), i ≠ j, unit z: 0 collapsed, -2t spread out: (B, D) -> scalar."""
+    z = F.normalize(z, dim=1)
+    logits = (2 * t * (z @ z.T - 1)).fill_diagonal_(-math.inf)  # ‖z_i - z_j‖² = 2 - 2 z_i·z_j
+    return logits.logsumexp((0, 1)) - math.log(len(z) * (len(z) - 1))
 
 
-@torch.no_grad()
 def diagnostics(z1, z2):
     """Signs of collapse, from the features (N, D) of two views of at least 2 images -> dict.
-
-    spread          √D · std of unit f, mean over dimensions: 0 collapsed, 1 all directions alike
-                    (between them where f comes from a ReLU)
-    effective_rank  exp(entropy of the shares of the singular values), 1 to D: RankMe (2210.02885),
-                    but of centred features, as a mean tells no images apart
-    """
+    Spread: √D · std of unit z, 0 collapsed, 1 all directions alike. Effective rank: exp(entropy of
+    the singular values' shares), 1 to D (2210.02885), but centred: a mean tells nothing apart."""
     singular = torch.linalg.svdvals(z1 - z1.mean(0))
     share = singular / singular.sum().clamp(min=torch.finfo(z1.dtype).tiny)
-    f1 = F.normalize(z1, dim=1)
-    return {"spread": f1.shape[1] ** 0.5 * f1.std(0).mean().item(),
-            "effective rank": torch.special.entr(share).sum().exp().item(),
+    spread = F.normalize(z1, dim=1).std(0).mean() * z1.shape[1] ** 0.5
+    return {"spread": spread.item(), "effective rank": torch.special.entr(share).sum().exp().item(),
             "alignment": alignment(z1, z2).item(), "uniformity": uniformity(z1).item()}
 
 
-def labelled(images, fraction=1.0, seed=0):
-    """-> indices of the images with a label; of each class a fraction, at least one."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    classes = [order[images.labels[order] == c] for c in range(images.labels.max() + 1)]
-    return torch.cat([c[: max(1, round(fraction * len(c)))] for c in classes])
-
-
-def evaluate(backbone, initial, train, test, image_size, device, labels=1.0, seed=0, mlp=False,
-             layers=False, steps=False):
-    """Prints and returns what the frozen backbone, `initial` (the same network, untrained) and raw
-    pixels are worth: {name: accuracies}; the images; with `layers`, the best stage by held-out
-    accuracy. labels: fraction of the training labels to use. Only the first process has it all."""
-    if test is None:
-        say("No labels to evaluate with. Look at nearest neighbours (linear_probe.py --neighbours), "
-            "take the features (--features), or give it a folder with classes.")
+def evaluate(backbone, initial, train, test, image_size, device, labels=1.0, seed=0, layers=False):
+    """Prints and returns {name: accuracies} of frozen networks: "trained", `initial` ("random": it
+    untrained), "pixels"; with `layers` also of each stage ("trained layer1"). labels: the fraction
+    of each class's training labels that is used. Only the first process has it all."""
+    if test is None or (train.labels >= 0).sum() < 2:
+        say("Nothing to evaluate on: try linear_probe.py --neighbours, or --data of class folders.")
         return {}
     pixels = nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Flatten(),  # 16: better than 32 pixels
                            nn.BatchNorm1d(768, affine=False))  # standardises
-    view = partial(centre_view, image_size=image_size)
-    rows = labelled(train, labels, seed), labelled(test, 1.0, seed)
-    backbone.eval().requires_grad_(False)
+    view, report = partial(centre_view, image_size=image_size), {}
 
-    def worth(network):
-        (x, good), (test_x, test_good) = (extract_features(network, images, indices, view, device)
-                                          for images, indices in zip((train, test), rows))
-        y, test_y = train.labels[rows[0]].to(device), test.labels[rows[1]].to(device)
-        given = x[good], y[good], test_x[test_good], test_y[test_good]
-        if rank() > 0:
-            return {}
-        found = {"knn": knn(*given), **linear_probe(*given, steps=steps and network is backbone)}
-        if mlp:
-            found |= {"mlp": (fit := linear_probe(*given, mlp=True))["probe"], "epochs": fit["chosen"]}
-        return found | {"features": x.shape[1]}
+    def encode(images, fraction):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        classes = [order[images.labels[order] == c] for c in range(len(images.classes))]
+        rows = torch.cat([c[: max(1, round(fraction * len(c)))] for c in classes])
+        features, good = extract_features(network, images, rows, view, device, stages)
+        return features, good, images.labels[rows].to(device)[good]
 
-    report = {}
-    for name, network in {"trained": backbone, "random": initial, "pixels": pixels}.items():
+    for kind, network in {"trained": backbone.eval(), "random": initial, "pixels": pixels}.items():
         if network is not backbone:
             calibrate_batch_norm(network.to(device), train, image_size, device, seed)
-        report[name] = worth(network)
-        if layers and network is not pixels:
-            size = layers if layers > 1 else backbone.feature_dim
-            report[name]["layers"] = {stage: worth(net) for stage, net
-                                      in stages_of(network, size).items()}
-    report["images"] = [len(indices) for indices in rows]
-    report["chance"] = 100 * test.labels[rows[1]].bincount().max().item() / len(rows[1])
+        stages = ["", *[name for name, _ in network.named_modules() if layers and re.fullmatch(
+            r"layer\d|blocks\.\d+|encoder\.layers\.\w+", name)]]
+        (x, good, y), (test_x, test_good, test_y) = encode(train, labels), encode(test, 1.0)
+        for stage in stages:  # one after the other: the probe needs two copies
+            given = x.pop(0)[good], y, test_x.pop(0)[test_good], test_y
+            if rank() == 0:
+                report[f"{kind} {stage}".strip()] = {"knn": knn(*given), **linear_probe(*given)}
     if rank() == 0:
-        print_report(report)
+        for name, row in report.items():
+            print(f"kNN {row['knn']:5.1f}  linear probe {row['probe']:5.1f}  {name}")
+        chance = 100 * test_y.bincount().max() / len(test_y)
+        print(f"Percent of {len(test_y):,} test images (chance {chance:.1f}), by frozen features: a vote"
+              f" of the\n200 nearest of {len(y):,} training images, and a linear classifier.")
+    if stages := [name for name in report if name.startswith("trained ")]:
+        best = max(stages, key=lambda name: max(report[name]["held_out"].values()))
+        print(f"best stage by held-out training images: {best}, {report[best]['probe']:.1f}")
     return report
 
 
-def print_report(report):
-    """A row for each representation, top-1 in percent; how they were obtained; then the stages."""
-    trained, tops = report["trained"], ["knn", "probe", *["mlp"] * ("mlp" in report["trained"])]
-    print(f"{'':8}{'kNN':>8}{'linear probe':>16}" + f"{'MLP probe':>14}" * ("mlp" in trained))
-    for name in "trained", "random", "pixels":
-        print(f"{name:8}" + "".join(f"{report[name][top]:{width}.1f}"
-                                    for top, width in zip(tops, (8, 16, 14))))
-    print("Percent right of {1:,} test images (chance: {2:.1f}), by a vote of the 200 nearest of {0:,} "
-          "training images\nand by a linear classifier, on frozen features; of this network trained, "
-          "of the same at random, of raw pixels.".format(*report["images"], report["chance"]))
-    if "steps" in trained:
-        curve = ", ".join(f"{n}: {top1:.1f}" for n, top1 in trained["steps"].items())
-        print(f"linear probe by steps of SGD: {curve}; converged: {trained['probe']:.1f}")
-    if stages := trained.get("layers"):
-        print(f"{'stage':24}" + "".join(f"{top:>8}{'random':>8}" for top in tops) + "  features")
-        for name, row in stages.items():
-            both = [r[top] for top in tops for r in (row, report["random"]["layers"][name])]
-            print(f"{name:24}" + "".join(f"{top1:8.1f}" for top1 in both), f"{row['features']:9}")
-        best = max(stages, key=lambda name: max(stages[name]["held_out"].values()))
-        report["best_layer"], report["last_layer"] = best, list(stages)[-1]
-        print(f"best stage by held-out training images: {best}, linear probe "
-              f"{stages[best]['probe']:.1f} (random {report['random']['layers'][best]['probe']:.1f})")
-
-
 def save_features(backbone, sets, root, view, device, path):
-    """One .npz for all sets: features (N, C), names, labels (-1: none) and classes, in the order of
-    the files' names; unreadable images are left out."""
+    """One .npz: features (N, C), names, labels (-1: none), classes, in the order of the files."""
     rows = []
-    for images in sets:
-        features, good = extract_features(backbone, images, torch.arange(len(images)), view, device)
+    for images in filter(None, sets):
+        (x,), good = extract_features(backbone, images, torch.arange(len(images)), view, device)
         names = [os.path.relpath(source, root) if isinstance(source, str) else name
                  for source, name in zip(images.source, images.names)]
-        rows += zip(names, images.labels.tolist(), features.cpu().numpy(), good.tolist())
-    rows = sorted((row for row in rows if row[3]), key=lambda row: row[0])
-    names, labels, features, _ = zip(*rows)
+        rows += zip(names, good.tolist(), images.labels.tolist(), x.cpu().numpy())
+    if isinstance(sets[0].source[0], str):
+        rows.sort(key=lambda row: row[0])
+    left_out = ", ".join(name for name, good, *_ in rows if not good) or "none"
+    names, _, labels, features = zip(*(row for row in rows if row[1]))
     if rank() == 0:
         with common.writing(path), open(path, "wb") as file:
-            np.savez(file, features=np.stack(features), names=np.array(names),
-                     labels=np.array(labels), classes=np.array(sets[0].classes))
-        print(f"wrote {len(rows):,} rows of {len(features[0])} features to {path}")
-
-
-def save_neighbours(backbone, train, test, image_size, device, path):
-    """Draw eight images, of the test set where there is one, each with its seven nearest of the
-    training set by cosine similarity."""
-    view, queries = partial(centre_view, image_size=image_size), test or train
-    some = torch.arange(0, len(queries), -(-len(queries) // 8))
-    (x, _), (bank, _) = (extract_features(backbone, images, rows, view, device) for images, rows
-                         in ((queries, some), (train, torch.arange(len(train)))))
-    similarity = F.normalize(x, dim=1) @ F.normalize(bank, dim=1).T
-    if test is None:
-        similarity[torch.arange(len(some)), some] = -math.inf  # it is no neighbour of itself
-    nearest = similarity.topk(min(7, len(train))).indices.cpu()
-    query, near = (common.denormalize(view(*next(images.load([rows.flatten()], device))))
-                   for images, rows in ((queries, some), (train, nearest)))
-    if rank() == 0:
-        common.save_picture(path, query, *near.unflatten(0, nearest.shape).unbind(1))
+            np.savez(file, features=np.stack(features), names=names, labels=labels,
+                     classes=np.array(sets[0].classes, str))
+    say(f"{len(names):,} images in {path}; left out as unreadable: {left_out}")
 
 
 # ------------------------------------------------------------------------------------ checkpoints
 
 TIMM_NAMES = {  # parts of timm's names, as patterns, and torchvision's
-    r"cls_token": "class_token", r"pos_embed": "encoder.pos_embedding",
-    r"patch_embed\.proj": "conv_proj", r"norm": "encoder.ln",
-    r"blocks\.(\d+)": r"encoder.layers.encoder_layer_\1", r"norm1": "ln_1", r"norm2": "ln_2",
-    r"attn\.qkv\.": "self_attention.in_proj_", r"attn\.proj": "self_attention.out_proj",
-    r"mlp\.fc1": "mlp.0", r"mlp\.fc2": "mlp.3"}
+    r"cls_token": "class_token", r"pos_embed": "encoder.pos_embedding", r"norm": "encoder.ln",
+    r"patch_embed\.proj": "conv_proj", r"blocks\.(\d+)": r"encoder.layers.encoder_layer_\1",
+    r"norm1": "ln_1", r"norm2": "ln_2", r"mlp\.fc1": "mlp.0", r"mlp\.fc2": "mlp.3",
+    r"attn\.qkv\.": "self_attention.in_proj_", r"attn\.proj": "self_attention.out_proj"}
+HEADS = (r"(fc|heads?|linear|classifier|proj\w*|pred\w*|decoder\w*|mask_token|prototypes|queue\w*|"
+         r"pre_logits)(\.|$)")  # layers that a backbone goes without
 
 
 def timm_to_torchvision(weights):
-    """{name in timm's ViT: tensor} -> {name in torchvision's: tensor}; torchvision's stay as they
-    are. What it has no name for (layer scale, norms of q and k) a strict load will refuse."""
-    renamed = {}
-    for name, tensor in weights.items():
-        for timm, torchvision in TIMM_NAMES.items():
-            name = re.sub(rf"\b{timm}\b", torchvision, name)
-        renamed[name] = tensor
-    return renamed
+    """{name in timm's ViT: tensor} -> {name in torchvision's: tensor}; others stay as they are."""
+    for timm, torchvision in TIMM_NAMES.items():
+        weights = {re.sub(rf"\b{timm}\b", torchvision, n): tensor for n, tensor in weights.items()}
+    return weights
 
 
 def find_weights(value, name=""):
@@ -406,99 +265,87 @@ def find_weights(value, name=""):
     return {name[1:]: value} if isinstance(value, torch.Tensor) else {}
 
 
-def read_backbone(path):
-    """-> the weights of the backbone in a file, {name without prefix: tensor}, and what else is
-    known of it: arguments of the run, num_heads, stem_padding.
-
-    Of several networks: DINO evaluates the teacher, BYOL and MoCo not the target or key encoder.
-    """
-    checkpoint = common.read_file(path)
-    if isinstance(checkpoint, nn.Module) or not isinstance(checkpoint, dict):
-        raise Failure(f"{path} holds a {type(checkpoint).__name__}: save its state_dict()")
-    found = find_weights(checkpoint)
-    first = re.compile(r"(|.*\.)(layer1\.0\.conv1|patch_embed\.proj|conv_proj|features\.0.*)\.weight")
-    prefixes = [match[1] for match in map(first.fullmatch, found) if match]
-    last = re.compile("student|target|momentum|key|encoder_k")
-    prefix = min(prefixes, key=lambda p: 0 if "teacher" in p else 2 if last.search(p) else 1, default="")
-    weights = {name.removeprefix(prefix): tensor for name, tensor in found.items()
-               if name.startswith(prefix)}
-    if not all(tensor.isfinite().all() for tensor in weights.values()):
-        raise Failure(f"{path} holds weights that are not finite: its training has diverged")
-    head = re.compile(r"(fc|head|heads|classifier|proj|pred|decoder|mask_token|prototypes|queue|fc_norm)")
-    unused = sorted({name.split(".")[0] for name in weights if head.match(name)})
-    if unused:
-        say(f"{path}: not used: {', '.join(unused)}")
-    weights = {name: tensor for name, tensor in weights.items() if not head.match(name)}
-    known = dict(checkpoint["args"]) if isinstance(checkpoint.get("args"), dict) else {}
-    bias = weights.get("patch_embed.proj.bias", weights.get("conv_proj.bias", torch.ones(1)))
-    if len(bias) == 384 and ("base_encoder" in prefix or not bias.any()):  # not trained: MoCo v3's
-        known["num_heads"] = 12
-    known["stem_padding"] = 2 if "pytorch-lightning_version" in checkpoint else 1  # solo-learn's
-    return weights, known
-
-
-def build(weights, known, image_size=None):
-    """-> the untrained network with these weights' names and shapes; its image size in pixels."""
-
-    def count(pattern):
-        return len({match[1] for name in weights if (match := re.match(pattern, name))})
-
-    if known.get("arch", "resnet").split("x")[0] not in (*common.DEPTHS, "resnet") and "conv_proj.weight" not in weights:
-        size = image_size or known.get("image_size", 224)
-        return common.make_backbone(known["arch"], size), size
-    if "conv1.weight" in weights:
-        block = Bottleneck if "layer1.0.conv3.weight" in weights else BasicBlock
-        layers = tuple(count(rf"layer{i}\.(\d+)\.") for i in range(1, 1 + count(r"layer(\d)\.")))
+def build(weights, image_size, stem_padding):
+    """-> the network of these names and shapes, untrained, and its image size in pixels."""
+    if "layer1.0.conv1.weight" in weights:
         channels, _, kernel, _ = weights["conv1.weight"].shape
-        # the stride of a 3×3 stem leaves no trace; three stages are our resnet8 or 20, of stride 2
-        stem = "imagenet" if kernel == 7 else "tiny" if len(layers) == 3 else "cifar"
-        network = common.ResNet(block, layers, channels / 64, stem)
+        block = Bottleneck if "layer1.0.conv3.weight" in weights else BasicBlock
+        blocks = {tuple(name.split(".")[:2]) for name in weights if name.startswith("layer")}
+        depths = [n for i in "1234" if (n := sum(layer == f"layer{i}" for layer, _ in blocks))]
+        # a 3×3 stem's stride leaves no trace; three stages are our resnet8 or 20, of stride 2
+        stem = "imagenet" if kernel == 7 else "tiny" if len(depths) == 3 else "cifar"
+        network = common.ResNet(block, depths, channels / 64, stem)
         if kernel == 3:
-            network.conv1.padding = (known["stem_padding"],) * 2
-            say(f"assuming that the 3x3 stem pads by {known['stem_padding']} (--stem-padding)")
-        return network, image_size or known.get("image_size", 224 if kernel == 7 else 32)
+            network.conv1.padding = stem_padding, stem_padding
+            say(f"assuming stride {network.conv1.stride[0]} and --stem-padding {stem_padding}")
+        return network, image_size or (224 if kernel == 7 else 32)
     dim, _, patch_size, _ = weights["conv_proj.weight"].shape
-    grid = round((weights["encoder.pos_embedding"].shape[1] - 1) ** 0.5)
-    num_heads = known.get("num_heads") or (16 if dim == 1280 else dim // 64)  # 1280: MAE's huge
-    size = image_size or known.get("image_size", grid * patch_size)
+    size = image_size or patch_size * math.isqrt(weights["encoder.pos_embedding"].shape[1] - 1)
     if size % patch_size:
-        raise Failure(f"--image-size {size} is no multiple of the ViT's patches of {patch_size} pixels")
-    network = VisionTransformer(size, patch_size, count(r"encoder\.layers\.(\w+)\."), num_heads, dim,
-                                4 * dim)
-    network.heads, network.feature_dim = nn.Identity(), dim
-    network.stages = [f"encoder.layers.{name}" for name, _ in network.encoder.layers.named_children()]
+        raise ValueError(f"--image-size {size} is no multiple of its {patch_size}-pixel patches")
+    if dim % 64:
+        raise ValueError(f"the number of attention heads is not known for {dim} dimensions")
+    # MAE's huge one has 16, MoCo v3's small one 12: v3 does not train the projection
+    moco = dim == 384 and not weights["conv_proj.bias"].any()
+    heads = 12 if moco else 16 if dim == 1280 else dim // 64
+    say(f"assuming {heads} attention heads")
+    depth = len({name.split(".")[2] for name in weights if name.startswith("encoder.layers.")})
+    network = VisionTransformer(size, patch_size, depth, heads, dim, 4 * dim)
+    network.heads = nn.Identity()
     return network, size
 
 
-def load_backbone(path, image_size=None, **more):
-    """-> the backbone in a file, the same untrained, the image size in pixels (None: its own).
-    more: what the file does not tell, arch or stem_padding."""
-    weights, known = read_backbone(path)
-    known |= {name: value for name, value in more.items() if value is not None}
-    if "patch_embed.proj.weight" in weights:
+def load_backbone(path, image_size=None, arch=None, stem_padding=None, network=None):
+    """-> the backbone in a file, the same untrained, and the image size in pixels (None: its own).
+    Its names and shapes tell what it is, or `arch` does, or it goes into this network. Of several
+    backbones: DINO evaluates the teacher, BYOL and MoCo not the target or key encoder."""
+    try:
+        checkpoint = common.read_file(path)
+    except Failure as failure:
+        if pickled := re.search(r"GLOBAL (\S+)", str(failure.__context__)):
+            raise Failure(f"{path} holds a pickled {pickled[1]} object: save its state_dict()")
+        raise
+    found, keys = find_weights(checkpoint), checkpoint if isinstance(checkpoint, dict) else {}
+    args = keys["args"] if "recipe" in keys else {}  # else it is not ours
+    arch, size = arch or args.get("arch", "resnet"), image_size or args.get("image_size")
+    if network is None and not arch.startswith(("resnet", "vit")):
+        network = common.make_backbone(arch, size or 224)
+    ends = [".layer1.0.conv1.weight", ".pos_embed", ".encoder.pos_embedding"]
+    ends += [f".{next(iter(network.state_dict()))}"] if network else []
+    prefixes = [name.removesuffix(end[1:]) for name in found for end in ends
+                if f".{name}".endswith(end)]
+    if not prefixes:
+        raise Failure(f"{path} holds no weights of a ResNet or ViT (of another network: --arch)")
+    late = re.compile("student|target|momentum|key|encoder_k|ema")
+    prefix = min(prefixes, key=lambda p: ("teacher" not in p, bool(late.search(p)), len(p)))
+    weights = {n.removeprefix(prefix): t for n, t in found.items() if n.startswith(prefix)}
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise Failure(f"{path} holds weights that are not finite: its training has diverged")
+    if "pos_embed" in weights and not hasattr(network, "pos_embed"):
         weights = timm_to_torchvision(weights)
     try:
-        backbone, size = build(weights, known, image_size)
-        initial = copy.deepcopy(backbone)
-        if isinstance(backbone, VisionTransformer):
-            weights = interpolate_embeddings(size, backbone.patch_size, weights)
-        backbone.load_state_dict(weights)
-    except (AssertionError, LookupError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise Failure(f"{path} holds no backbone that is known here (--arch?): {reason}") from error
-    return backbone, initial, size
+        if network is None:
+            solo_learn = "pytorch-lightning_version" in keys
+            network, size = build(weights, size, stem_padding or 1 + solo_learn)
+        initial, own = copy.deepcopy(network), network.state_dict()
+        heads = [name for name in weights if re.match(HEADS, name) and name not in own]
+        used = {name: tensor for name, tensor in weights.items() if name not in heads}
+        if isinstance(network, VisionTransformer):
+            used = interpolate_embeddings(network.image_size, network.patch_size, used)
+        network.load_state_dict(used)
+    except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+        reason = " ".join(f"{'lacking ' * isinstance(error, KeyError)}{error}".split())[:200]
+        raise Failure(f"{path} does not fit a network that is known here: {reason}")
+    if unused := heads + [name for name in found if not name.startswith(prefix)]:
+        parts = (next(p for p in n.split(".") if p not in prefix.split(".")) for n in unused)
+        say(f"{path}: not used: {', '.join(sorted(set(parts)))}")
+    return network, initial, size or 224
 
 
 def load_init(backbone, path):
     """The weights of --init into a method's backbone; nothing without a path."""
     if path:
-        weights, _ = read_backbone(path)
-        if isinstance(backbone, VisionTransformer):
-            weights = timm_to_torchvision(weights)
-        try:
-            backbone.load_state_dict(weights)
-        except RuntimeError as error:
-            raise Failure(f"--init {path} does not fit --arch: {' '.join(str(error).split())[:200]}")
+        load_backbone(path, network=backbone)
 
 
 # ---------------------------------------------------------------------------------------- command
@@ -506,43 +353,47 @@ def load_init(backbone, path):
 FLAGS = {name: common.FLAGS[name] for name in ("data", "image_size", "max_images", "workers",
                                                "device", "seed")} | {
     "checkpoint": (str, None, None, "checkpoint or backbone file"),
-    "arch": (common.architecture, None, None, "network of the file, where it does not tell"),
+    "arch": (common.architecture, None, None, "network of the file, if no ResNet or ViT"),
     "stem_padding": (int, 1, 2, "of a 3x3 stem, which leaves no trace; 2 is solo-learn's"),
     "labels": (float, 1e-6, 1, "fraction of the training labels of each class to use"),
-    "mlp": (bool, None, None, "also a probe with one hidden layer of 1024 units"),
-    "layers": (int, 1, 10**6, "also after each stage, averaged to so many features; 1: as at the end"),
-    "steps": (bool, None, None, "also the probe by 10, 30, ... 10,000 steps of SGD"),
-    "diagnostics": (bool, None, None, "also signs of collapse, which need no labels"),
-    "features": (str, None, None, "write the features of all images to this .npz, with names"),
-    "neighbours": (str, None, None, "draw images and their nearest neighbours to this .png"),
+    "layers": (bool, None, None, "also after each stage"),
+    "features": (str, None, None, "write the features of all images to this .npz instead"),
+    "neighbours": (str, None, None, "draw images and their nearest ones to this .png instead"),
+    "diagnostics": (bool, None, None, "show signs of collapse, which need no labels, instead"),
 }
 
 
 def parse_args(argv=None):
-    words = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word)
-             for word in (sys.argv[1:] if argv is None else argv)]
-    args = common.parse(words, FLAGS, {"labels": 1.0, "seed": 0, "workers": 4}, __doc__)
-    if not args.checkpoint:
-        common.wrong_arguments("--checkpoint is needed")
-    return args
+    defaults = {"checkpoint": "runs/simclr/backbone.pth", "labels": 1.0, "seed": 0, "workers": 4}
+    return common.parse(argv, FLAGS, defaults, __doc__)
 
 
 def run(args):
     device = common.start(args.device, args.seed)
-    backbone, initial, size = load_backbone(args.checkpoint, args.image_size, arch=args.arch,
-                                            stem_padding=args.stem_padding)
+    backbone, initial, size = load_backbone(args.checkpoint, args.image_size, args.arch,
+                                            args.stem_padding)
     train, test = common.load_data(args.data, size, args.max_images, args.workers, device)
-    backbone = backbone.to(device).eval()
-    view = partial(centre_view, image_size=size)
+    backbone, view = backbone.to(device).eval(), partial(centre_view, image_size=size)
+    rows = torch.arange(len(train))
     if args.features:
-        save_features(backbone, [train, test] if test else [train], args.data, view, device, args.features)
-    if args.neighbours:
-        save_neighbours(backbone, train, test, size, device, args.neighbours)
-    if args.diagnostics:
-        ...
-    if not (args.features or args.neighbours) or ...:
-        evaluate(backbone, initial, train, test, size, device, args.labels, args.seed, args.mlp,
-                 args.layers, args.steps)
+        save_features(backbone, [train, test], args.data, view, device, args.features)
+    elif args.neighbours:  # eight images, each followed by its seven nearest
+        x = F.normalize(extract_features(backbone, train, rows, view, device)[0][0], dim=1)
+        nearest = (x[:: -(-len(x) // 8)] @ x.T).topk(min(8, len(x))).indices.cpu()
+        pictures = common.denormalize(view(*next(train.load([nearest.flatten()], device))))
+        if rank() == 0:
+            common.save_picture(args.neighbours, *pictures.unflatten(0, nearest.shape).unbind(1))
+    elif args.diagnostics:  # of two random crops of up to 2048 images
+        def crop(images, aspect):
+            return common.normalize(common.random_resized_crop(images, aspect, size, (0.2, 1.0)))
+        rows = rows[:: -(-len(rows) // 2048)]
+        (z1,), good = extract_features(backbone, train, rows, crop, device)
+        (z2,), _ = extract_features(backbone, train, rows, crop, device)
+        if good.sum() < 2:
+            raise Failure("--diagnostics needs two images that can be read")
+        say(", ".join(f"{k} {v:.2f}" for k, v in diagnostics(z1[good], z2[good]).items()))
+    else:
+        evaluate(backbone, initial, train, test, size, device, args.labels, args.seed, args.layers)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ v1: He et al., "Momentum Contrast for Unsupervised Visual Representation Learnin
 Transformers" (2021, arXiv 2104.02057).
 Survey family: contrastive, negatives from a memory. What prevents collapse: the negatives.
 
-One view of an image is the query, the other the key, and a softmax has to find the key among the
-keys of earlier batches. These stay comparable because they are encoded by the target, a moving
-average of the online network; so the number of negatives does not depend on the batch. v2 has a
-deeper projector and more augmentation; v3 a predictor and both directions, and for negatives the
-keys of its one large batch.
+One view of an image is the query, the other the key, and a softmax has to find the key among those
+of earlier batches, which wait in a queue: so the number of negatives does not depend on the batch.
+Old and new keys are comparable, for they come from the target, a slow moving average of the online
+network. v2 has a deeper projector and more augmentation; v3 a predictor, both directions, and as
+negatives the other keys of one large batch.
 
                  ┌─ augment ─ view1 ─ backbone ─ projector ─ (v3: predictor) ─ query ─┐
                  │                └─ what is kept   │ moving average                  ├─ InfoNCE
@@ -21,30 +21,20 @@ Run      python moco.py                         demonstration (v2): built-in ima
          python moco.py --data path             a folder of images, or cifar10
          python moco.py --version 3 --arch vit_small --data path
          torchrun --nproc-per-node=8 moco.py --data path
-Reuse    from moco import MoCo, moco_loss, moco_v3_loss         (needs torch only)
-
-Shuffled BN: a key normalised together with its query's neighbours would betray itself by the
-statistics. Keys are shuffled between the BN groups (paper: GPUs), worth about 4 points of kNN after
-800 epochs (official CIFAR-10 notebook); without it: `moco-one-bn-group` in tests/results/README.md.
-
-Departures from the papers: the rate falls on a cosine per step (v1: to a tenth at epochs 120 and
-160 of 200; v2: per epoch). BN groups are parts of the total batch, whatever the number of GPUs, and
-their running statistics are averaged (official: the first GPU's). Any batch fits the queue. Blur is
-a true Gaussian (official: PIL's).
-
-Measured in the demonstration, top-1 in percent (of the network at random):
-built-in set, kNN 44.6 (35.4), probe 67.6 (43.0); seeds: 3
-10,000 of CIFAR-10, kNN 38.7 (32.2), probe 43.5 (34.6); seeds: 3
+Reuse    from moco import MoCo, moco_loss, moco_v3_loss, make_vit         (needs torch only)
 """
 
 import argparse
 import copy
 import math
 import os
+import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models import VisionTransformer
 
 # ---------------------------------------------------------------------------------------- model
 
@@ -53,10 +43,9 @@ class MoCo(nn.Module):
     """Online network, its moving average, and the queue of keys.
 
     backbone: (B, 3, H, W) -> (B, feature_dim). The projector of v1 has one layer, of v2 two.
-    v1, v2: queue_size, in keys; bn_groups, the parts of a batch that BN normalises by themselves,
-    useful only if the rows of view2 are shuffled (see `train`). v3: hidden_dim, the width of
-    projector and predictor; vit, whether they are those of the ViT: then the projector has a third
-    layer, and the predictor ends in BN.
+    v1, v2: queue_size, in keys; bn_groups, the parts of a batch that BN normalises by themselves
+    (see `shuffle_rows`). v3: hidden_dim, the width of projector and predictor; vit, whether they
+    are those of the ViT: then the projector has a third layer, and the predictor ends in BN.
     """
 
     def __init__(self, backbone, feature_dim, version=2, proj_dim=128, queue_size=65536,
@@ -80,20 +69,16 @@ class MoCo(nn.Module):
     def forward(self, view1, view2):
         """Two (B, 3, H, W) -> [(query, key)], of (B, D) and unit rows: the query of view1 and the
         key of view2. v3 has a second pair, the views exchanged. The target stays in training mode:
-        it, too, normalises by batch statistics."""
-        directions = [(view1, view2), (view2, view1)] if self.version == 3 else [(view1, view2)]
-        pairs = []
-        for one, other in directions:
-            query = self.predictor(self.online(one))
-            with torch.no_grad():
-                key = self.target(other)
-            pairs.append((F.normalize(query, dim=1), F.normalize(key, dim=1)))
-        return pairs
+        it, too, normalises by the batch's statistics."""
+        n = 2 if self.version == 3 else 1  # directions
+        queries = [self.predictor(self.online(view)) for view in (view1, view2)[:n]]
+        with torch.no_grad():
+            keys = [self.target(view) for view in (view2, view1)[:n]]
+        return [(F.normalize(q, dim=1), F.normalize(k, dim=1)) for q, k in zip(queries, keys)]
 
     @torch.no_grad()
     def enqueue(self, key):
-        """The newest keys (B, D) replace the oldest, in place: after the backward pass, which needs
-        the queue as it was."""
+        """The newest keys (B, D) replace the oldest, in place: call it after the backward pass."""
         key = key[-len(self.queue) :]
         rows = (self.queue_ptr + torch.arange(len(key), device=key.device)) % len(self.queue)
         self.queue.index_copy_(0, rows, key)
@@ -101,8 +86,8 @@ class MoCo(nn.Module):
 
 
 def make_mlp(widths, batch_norm=False, last_norm=False):
-    """Linear layers with ReLU between them. batch_norm (v3): no biases, and a BN after each layer,
-    after the last one, without scale and offset, only if last_norm."""
+    """Linear layers with ReLU between them. batch_norm (v3): without biases, each followed by BN.
+    The last layer has its BN only with last_norm, and then without scale and offset."""
     layers = []
     for i in range(1, len(widths)):
         last = i == len(widths) - 1
@@ -124,18 +109,30 @@ class GroupBatchNorm(nn.BatchNorm2d):
         statistics = self.running_mean.new_zeros(len(parts), 2, x.shape[1])
         parts = [F.batch_norm(part, mean, var, self.weight, self.bias, True, 1.0, self.eps)
                  for part, (mean, var) in zip(parts, statistics)]  # momentum 1: writes mean, var
-        mean, var = statistics.mean(0)
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(var, self.momentum)
+        both = [self.running_mean, self.running_var]
+        torch._foreach_lerp_(both, list(statistics.mean(0)), self.momentum)
         self.num_batches_tracked.add_(1)
         return torch.cat(parts)
 
 
+def shuffle_rows(view2):
+    """Shuffled BN (v1, v2): this process's rows of the total batch in random order, and the order.
+    Otherwise a query and its key would be normalised among the same neighbours, and could be
+    matched by them, whatever the images show: 4 points of kNN in the official CIFAR-10 notebook."""
+    from common import gather, rank, world_size
+
+    view2 = gather(view2)
+    order = torch.randperm(len(view2), device=view2.device)  # the same on all processes
+    return view2[order].chunk(world_size())[rank()], order
+
+
 @torch.no_grad()
-def average_statistics(model, all_sum, processes):
+def average_statistics(model):
     """Running BN statistics ← their mean over the processes, each of which has its own groups."""
+    from common import all_sum, world_size
+
     statistics = [b for name, b in model.named_buffers() if "running_" in name]
-    mean = all_sum(torch.cat(statistics)) / processes
+    mean = all_sum(torch.cat(statistics)) / world_size()
     torch._foreach_copy_(statistics, mean.split([len(s) for s in statistics]))
 
 
@@ -153,26 +150,26 @@ def positions(dim, grid):
     return F.pad(places, (0, 0, 1, 0))[None].float()
 
 
-VITS = {"vit_micro": (128, 4, 2), "vit_small": (384, 12, 12),
-        "vit_base": (768, 12, 12)}  # dim, depth, num_heads: v3 gives the small one 12
+VITS = {"vit_micro": (128, 4, 2), "vit_small": (384, 12, 12), "vit_base": (768, 12, 12)}
 
 
 def make_vit(arch, image_size):
-    """The ViT of dino.py with fixed positions and a patch embedding that stays random, v3's remedy
-    for unstable training. From the official code: Xavier's bounds, for q, k and v each."""
-    from dino import ViT
-
-    patch_size = 16 if image_size > 64 else 4
-    vit = ViT(image_size, patch_size, *VITS[arch])
-    for name, module in vit.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            outputs = len(module.weight) // (3 if name.endswith("qkv") else 1)
-            bound = math.sqrt(6 / (module.weight[0].numel() + outputs))
-            nn.init.uniform_(module.weight, -bound, bound)
-            nn.init.zeros_(module.bias)
-    nn.init.normal_(vit.cls_token, std=1e-6)
-    vit.pos_embed = nn.Parameter(positions(vit.feature_dim, image_size // patch_size), False)
-    vit.patch_embed.requires_grad_(False)
+    """torchvision's ViT, (B, 3, S, S) -> its class token (B, feature_dim), with fixed positions and
+    a patch projection that stays random, v3's remedy for unstable training. From the official code:
+    the 12 heads of the small one, and Xavier's bounds, for q, k and v each."""
+    patch_size, (dim, depth, num_heads) = 16 if image_size > 64 else 4, VITS[arch]
+    vit = VisionTransformer(image_size, patch_size, depth, num_heads, dim, 4 * dim)
+    vit.heads, vit.feature_dim = nn.Identity(), dim
+    vit.stages = [f"encoder.layers.encoder_layer_{i}" for i in range(depth)]
+    for name, parameter in vit.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() in (2, 4):  # the patch projection, too, as the matrix it is
+            for matrix in parameter.detach().chunk(3 if "in_proj" in name else 1):
+                nn.init.xavier_uniform_(matrix.flatten(1))
+    nn.init.normal_(vit.class_token, std=1e-6)
+    vit.encoder.pos_embedding = nn.Parameter(positions(dim, image_size // patch_size), False)
+    vit.conv_proj.requires_grad_(False)
     return vit
 
 
@@ -184,10 +181,11 @@ def moco_loss(query, key, queue, temperature):
 
         l = -log  exp(q·k₊ / τ) / Σ_i exp(q·k_i / τ)
 
-    where i runs over the query's own key k₊ and the Q keys of the queue. Guessing gives ln(1 + Q).
+    where i runs over the query's own key k₊ and the Q keys of the queue. Keys are constants:
+    stop-gradient. Chance level: ln(1 + Q).
     """
-    positive = (query * key).sum(1, keepdim=True)
-    logits = torch.cat([positive, query @ queue.T], 1) / temperature
+    positive = (query * key.detach()).sum(1, keepdim=True)
+    logits = torch.cat([positive, query @ queue.detach().T], 1) / temperature
     labels = torch.zeros(len(query), dtype=torch.long, device=query.device)  # column 0: k₊
     return F.cross_entropy(logits, labels)
 
@@ -197,19 +195,19 @@ def moco_v3_loss(query, key, temperature):
 
         l = -2τ log  exp(q·k₊ / τ) / Σ_i exp(q·k_i / τ)
 
-    where i runs over the keys of the batch. Guessing gives 2τ ln B. The paper's pseudocode has the
-    factor 2τ: it keeps the gradient's size whatever the temperature.
+    where i runs over the keys of the batch, constants as in v1. Chance level: 2τ ln B. The factor
+    2τ, of the paper's pseudocode, keeps the gradient's size whatever the temperature.
     """
-    logits = query @ key.T / temperature
+    logits = query @ key.detach().T / temperature
     labels = torch.arange(len(query), device=query.device)
     return 2 * temperature * F.cross_entropy(logits, labels)
 
 
 @torch.no_grad()
-def positive_accuracy(query, key, queue):
+def positive_found(query, key, queue):
     """Health: the fraction of queries whose own key is the most similar of the batch's and the
     queue's. High while the queue is noise, lower while keys fill it, then rising, and well above
-    1 / (B + Q), which guessing gives: (B, D), (B, D), (Q, D) -> scalar."""
+    1 / (B + Q), the chance level: (B, D), (B, D), (Q, D) -> scalar."""
     nearest = (query @ torch.cat([key, queue]).T).argmax(1)
     return (nearest == torch.arange(len(query), device=query.device)).float().mean()
 
@@ -217,17 +215,24 @@ def positive_accuracy(query, key, queue):
 # --------------------------------------------------------------------------------- augmentation
 
 
-def make_augment(version, image_size, crop_scale, blur, solarize):
-    """The papers' augmentations. The views of v3 differ in blur and solarisation."""
-    from common import (Augment, ColorJitter, GaussianBlur, Normalize, RandomGrayscale,
-                        RandomHorizontalFlip, RandomResizedCrop, RandomSolarize)
+def augment(images, aspect, version, image_size, crop_scale, blur, solarize):
+    """The papers' augmentations: uint8 images (B, 3, S, S), squeezed to squares from
+    width / height = aspect (B,) -> views (B, 3, image_size, image_size). In v3 the two views differ
+    in the fractions that are blurred and solarised: whose bright pixels are inverted."""
+    from common import (color_jitter, gaussian_blur, normalize, random_grayscale,
+                        random_horizontal_flip, random_resized_crop, random_solarize)
 
-    crop = RandomResizedCrop(image_size, scale=(crop_scale, 1.0))
-    colors = [ColorJitter(0.4, 0.4, 0.4 if version == 2 else 0.2, 0.1, p=0.8), RandomGrayscale(0.2),
-              GaussianBlur(blur, sigma=(0.1, 2.0)), RandomSolarize(solarize)]
+    x = random_resized_crop(images, aspect, image_size, scale=(crop_scale, 1.0))
     if version == 1:
-        colors = [RandomGrayscale(0.2), ColorJitter(0.4, 0.4, 0.4, 0.4, p=1.0)]
-    return Augment([crop, *colors, RandomHorizontalFlip(0.5), Normalize()])
+        x = random_grayscale(x, p=0.2)
+        x = color_jitter(x, 0.4, 0.4, 0.4, 0.4, p=1.0)
+    else:
+        x = color_jitter(x, 0.4, 0.4, 0.4 if version == 2 else 0.2, 0.1, p=0.8)
+        x = random_grayscale(x, p=0.2)
+        x = gaussian_blur(x, p=blur, sigma=(0.1, 2.0))
+        x = random_solarize(x, p=solarize)
+    x = random_horizontal_flip(x, p=0.5)
+    return normalize(x)
 
 
 # ------------------------------------------------------------------------------------- training
@@ -267,12 +272,12 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
-def cosine(step, total_steps, warmup_steps, start, end=0.0):
-    """Rises linearly to `start` over the warm-up, then falls to `end` on half a cosine."""
+def cosine(step, total_steps, warmup_steps, peak, end=0.0):
+    """Rises linearly to `peak` over the warm-up, then falls to `end` on half a cosine."""
     if step < warmup_steps:
-        return start * (step + 1) / warmup_steps
+        return peak * (step + 1) / warmup_steps
     t = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
+    return end + (peak - end) * (1 + math.cos(math.pi * t)) / 2
 
 
 @torch.no_grad()
@@ -283,8 +288,7 @@ def ema_update(target, online, ema_momentum):
 
 
 def make_optimizer(name, model, weight_decay):
-    """As in the official code, SGD and AdamW decay all parameters, and LARS neither decays nor
-    adapts biases and BN."""
+    """As in the official code, LARS neither decays nor adapts biases and BN; others decay all."""
     params = [p for p in model.parameters() if p.requires_grad]
     if name == "lars":
         weights, others = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
@@ -297,63 +301,76 @@ def make_optimizer(name, model, weight_decay):
 
 def train(args):
     """Algorithm 1 of v1 (v1, v2) or of v3, once per step."""
-    from common import Failure, Run, all_sum, gather, make_backbone, rank, world_size
+    from common import (batch_that_fits, batches, gather, load_checkpoint, load_data, log,
+                        make_backbone, parallel, save_checkpoint, save_views, start, world_size,
+                        write_log)
+    from linear_probe import evaluate, load_init
 
-    run = Run("moco", args)
+    device = start(args.device, args.seed, args.deterministic)
+    train_set, test_set = load_data(args.data, args.image_size, args.max_images, args.workers,
+                                    device)
+    args.batch_size = batch_that_fits(args, train_set)
+    steps_per_epoch = len(train_set) // args.batch_size
+    total_steps = args.epochs * steps_per_epoch
+    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
+    peak_lr = args.lr * args.batch_size / 256
+
     v3, vit = args.version == 3, args.arch in VITS
-    if not v3 and args.bn_groups % world_size():  # a resumed run's
-        raise Failure(f"{world_size()} processes cannot share --bn-groups {args.bn_groups}")
-    backbone = run.init(make_vit(args.arch, args.image_size) if vit else
-                        make_backbone(args.arch, args.image_size, zero_init_residual=v3))
+    backbone = (make_vit(args.arch, args.image_size) if vit else
+                make_backbone(args.arch, args.image_size, zero_init_residual=v3))
+    initial = copy.deepcopy(backbone)  # the report's baseline
+    load_init(backbone, args.init)
     model = MoCo(backbone, backbone.feature_dim, args.version, args.proj_dim, args.queue_size,
                  args.bn_groups // world_size(), args.hidden_dim, vit)
+    model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
-    shared = args.version, args.image_size, args.crop_scale
-    augment1 = make_augment(*shared, args.blur1, 0.0)
-    augment2 = make_augment(*shared, args.blur2, args.solarize2)
-    network = run.start(model, optimizer, backbone, sync_bn=v3)
-    run.save_views(augment1, augment2)
-    chance = (2 * 2 * args.temperature * math.log(args.batch_size) if v3 else
-              math.log(1 + args.queue_size))
+    view = partial(augment, version=args.version, image_size=args.image_size,
+                   crop_scale=args.crop_scale)
+    augment1 = partial(view, blur=args.blur1, solarize=0.0)
+    augment2 = partial(view, blur=args.blur2, solarize=args.solarize2)
+    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
+    network = parallel(model, args.compile, sync_bn=v3)
+    save_views(args, train_set, device, augment1, augment2)
+    saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
+    started = step, time.monotonic()
+    chance, ema_end = ((2 * 2 * args.temperature * math.log(args.batch_size), 1.0) if v3 else
+                       (math.log(1 + args.queue_size), args.ema_momentum))
 
-    for step, images, aspect in run.steps():
-        lr = cosine(step, run.total_steps, run.warmup_steps, run.peak_lr)
+    for step, images, aspect in batches(train_set, args, step, device):
+        lr = cosine(step, total_steps, warmup_steps, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        ema_momentum = cosine(step, run.total_steps, 0, args.ema_momentum,
-                              1.0 if v3 else args.ema_momentum)
+        ema_momentum = cosine(step, total_steps, 0, args.ema_momentum, ema_end)
         view1, view2 = augment1(images, aspect), augment2(images, aspect)
-        if not v3:  # shuffled BN: other neighbours for the keys; all processes draw one order
-            order = torch.randperm(args.batch_size, device=run.device)
-            view2 = gather(view2)[order].chunk(world_size())[rank()]
+        if not v3:
+            view2, order = shuffle_rows(view2)
         ema_update(model.target, model.online, ema_momentum)
-        with run.autocast():
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             pairs = network(view1, view2)
         pairs = [(gather(query.float()), gather(key.float())) for query, key in pairs]
         query, key = pairs[0]
         if v3:
-            queue = key[:0]  # there is none
             loss = sum(moco_v3_loss(query, key, args.temperature) for query, key in pairs)
         else:
-            queue, key = model.queue, key[order.argsort()]
-            loss = moco_loss(query, key, queue, args.temperature)
+            key = key[order.argsort()]  # as the queries
+            loss = moco_loss(query, key, model.queue, args.temperature)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if run.prints(step):
-            run.log(step, loss, lr, chance, accuracy=positive_accuracy(query, key, queue))
+        found = positive_found(query, key, key[:0] if v3 else model.queue)
         if not v3:
             model.enqueue(key)
-            average_statistics(model, all_sum, world_size())
-    run.finish()
+            average_statistics(model)
+
+        done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
+        if done == 1 or done % args.print_freq == 0 or epoch_ends:
+            log(args, done, total_steps, started, lr, loss, chance, positive_found=found)
+        if epoch_ends or time.monotonic() - saved > 600:
+            saved = save_checkpoint(args, done, train_set, model, optimizer, backbone)
+    report = evaluate(backbone, initial, train_set, test_set, args.image_size, device)
+    write_log(args, {"step": total_steps, "report": report})
 
 
-# Sources: imagenet: the papers and facebookresearch/moco and moco-v3 (v3: 100 epochs, batch 4096
-# there, with vit_small 1024, and EMA 0.99, here of as many images: see byol.py). cifar: v1, v2: the
-# CIFAR-10 notebook of the former, whose head is v1's and whose jitter is v2's; v3: heads,
-# temperature and average of solo-learn, SGD with its rate and decay of lightly's BYOL. demo: v2's
-# measured on the built-in set; the keys of a longer queue would, in so short a run, be told from
-# new ones by their age.
 RECIPES = {
     "recipe":        ("demo",    "cifar",    "imagenet"),
     "arch":          ("resnet8", "resnet18", "resnet50"),
@@ -375,7 +392,7 @@ RECIPES = {
     "blur2":         (0.0,       0.0,        0.5),
     "solarize2":     (0.0,       0.0,        0.0),
 }
-# What differs in v1, v3, and v3 with a ViT:
+# This is v2. What differs in v1, in v3, and in v3 with a ViT:
 V1 = {"temperature": (0.2,       0.1,        0.07)}
 V3 = {
     "epochs":        (5,         200,        100),
@@ -401,46 +418,51 @@ VIT = {
     "ema_momentum":  (0.9,       0.99,       0.995),
     "crop_scale":    (0.35,      0.08,       0.08),
 }
+FLAGS = {  # type, lowest, highest, help, the papers' value
+    "version": ((1, 2, 3), None, None, "of MoCo; 3 with a ViT"),
+    "optimizer": (("sgd", "lars", "adamw"), None, None, "optimizer", "sgd, v3 lars, ViT adamw"),
+    "temperature": (float, 1e-3, 100, "softmax temperature, τ", "v1 0.07, v2 0.2, v3 1, ViT 0.2"),
+    "ema_momentum": (float, 0, 1, "weight of the old target, m; v3: rises to 1", "0.999, v3 0.99"),
+    "queue_size": (int, 1, 10**7, "v1, v2: keys in the queue", "65536"),
+    "bn_groups": (int, 1, 10**4, "v1, v2: parts of the total batch, each with BN of its own", "8"),
+    "hidden_dim": (int, 1, 10**5, "v3: width of projector and predictor", "4096"),
+    "proj_dim": (int, 1, 10**5, "length of query and key", "128, v3 256"),
+    "crop_scale": (float, 1e-3, 1, "smallest crop, as a fraction of the image's area", "0.2; 0.08"),
+    "blur1": (float, 0, 1, "fraction of views 1 that are blurred", "v2 0.5, v3 1"),
+    "blur2": (float, 0, 1, "fraction of views 2 that are blurred", "v2 0.5, v3 0.1"),
+    "solarize2": (float, 0, 1, "fraction of views 2 that are solarised", "v3 0.2"),
+}
 
 
 def parse_args(argv=None):
-    from common import ArgumentParser, architecture, number
-
-    def arch(text):
-        return text if text in VITS else architecture(text)
+    from common import FLAGS as shared, architecture, parse_flags, wrong_arguments
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # they choose the table
-    first.add_argument("--version")
+    first.error = wrong_arguments
+    first.add_argument("--version", type=int)
     first.add_argument("-a", "--arch")
     first = first.parse_known_args(argv)[0]
     vit = first.arch in VITS
-    version = first.version or ("3" if vit else "2")
-    recipes = RECIPES | {"1": V1, "3": V3 | VIT if vit else V3}.get(version, {})
-    parser = ArgumentParser(__doc__, recipes, arch, f"; {', '.join(VITS)} (v3)")
-    add = parser.add_argument
-    add("--version", type=int, choices=(1, 2, 3), default=3 if vit else 2, help="of MoCo")
-    add("--optimizer", choices=("sgd", "lars", "adamw"), help="v1, v2: sgd; v3: lars, ViT: adamw")
-    add("--temperature", type=number(float, 0, above=True),
-        help="softmax temperature, τ (v1: 0.07, v2: 0.2, v3: 1, with a ViT 0.2)")
-    add("--ema-momentum", type=number(float, 0, 1), help="weight of the old target in the average, "
-        "m; of v3 it rises to 1 on a cosine (v1, v2: 0.999, v3: 0.99, for 1000 epochs 0.996)")
-    add("--queue-size", type=number(int, 1), help="v1, v2: keys in the queue (papers: 65536)")
-    add("--bn-groups", type=number(int, 1), help="v1, v2: parts of the total batch, normalised by "
-        "themselves; a multiple of the processes (papers: 8 GPUs)")
-    add("--hidden-dim", type=number(int, 1), help="v3: width of projector and predictor (4096)")
-    add("--proj-dim", type=number(int, 1), help="length of query and key (v1, v2: 128, v3: 256)")
-    add("--crop-scale", type=number(float, 0, 1, above=True),
-        help="area of the smallest crop, as a fraction of the image (0.2, with a ViT 0.08)")
-    add("--blur1", type=number(float, 0, 1), help="fraction of views 1 blurred (v2: 0.5, v3: 1)")
-    add("--blur2", type=number(float, 0, 1), help="fraction of views 2 (v2: 0.5, v3: 0.1)")
-    add("--solarize2", type=number(float, 0, 1), help="v3: fraction of views 2 solarised (0.2)")
-    args = parser.parse_args(argv)
-    unequal = args.bn_groups % int(os.environ.get("WORLD_SIZE", 1))
-    unknown = args.resume and "bn_groups" not in args.given  # `train` sees a resumed run's
-    if args.version < 3 and unequal and not unknown:
-        parser.error(f"--bn-groups {args.bn_groups} is not a multiple of the number of processes")
+    version = first.version or 2 + vit
+    recipes = RECIPES | {1: V1, 3: V3 | VIT if vit else V3}.get(version, {})
+    arch = (lambda text: text if text in VITS else architecture(text), None, None,
+            f"{shared['arch'][3]}; of v3 {', '.join(VITS)}")
+    args = parse_flags("moco", __doc__, recipes | {"version": (version,) * 3},
+                       FLAGS | {"arch": arch}, argv)
+    if args.version < 3 and args.bn_groups % int(os.environ.get("WORLD_SIZE", 1)):
+        wrong_arguments(f"--bn-groups {args.bn_groups} is no multiple of the number of processes")
+    if args.arch in VITS and args.image_size % (side := 16 if args.image_size > 64 else 4):
+        wrong_arguments(f"--image-size {args.image_size} is no multiple of the patches' {side}")
     return args
 
+
+# Sources. imagenet: the papers and facebookresearch/moco and moco-v3 (v3: batch 4096, vit_small
+# 1024; EMA 0.99, here of as many images: see byol.py). cifar: v1, v2: the former's CIFAR-10
+# notebook, with v1's projector and v2's jitter; v3: heads, temperature and EMA of solo-learn, SGD,
+# rate and decay of lightly's BYOL. demo: measured on the drawn images (v2).
+# Departures: the rate falls on a cosine per step (v1: to a tenth at epochs 120 and 160 of 200; v2:
+# per epoch). BN groups are parts of the total batch, whatever the GPUs; their running statistics
+# are averaged (official: the first GPU's). Any batch fits the queue. Blur is Gaussian (not PIL's).
 
 if __name__ == "__main__":
     from common import main

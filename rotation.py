@@ -4,8 +4,8 @@ Gidaris et al., "Unsupervised Representation Learning by Predicting Image Rotati
 arXiv 1803.07728). Survey family: context-based pretext task. What prevents collapse: the labels.
 
 Each image is shown at 0, 90, 180 and 270 degrees, and a classifier has to say which. To see which
-way is up it has to find the objects and to know how they stand, so the backbone learns shapes.
-Images without an up-direction (from satellites or microscopes) make the task impossible.
+way is up, it has to recognise objects and to know how they usually stand, so the backbone learns
+shapes. Images without an up-direction (from satellites or microscopes) teach it nothing.
 
                              ┌─ turned 0 times ─┐
         image ─── augment ───┼─ turned 1 time  ─┼─ backbone ─ features ─ classifier ─ 0, 1, 2 or 3
@@ -16,25 +16,11 @@ Run      python rotation.py                       demonstration: built-in images
          python rotation.py --data path           a folder of images, or cifar10
          torchrun --nproc-per-node=8 rotation.py --data path
 Reuse    from rotation import RotNet, rotate_four, rotation_loss         (needs torch only)
-
-The last layer knows rotations best and objects less well than a middle one: the paper reads the
-second of four blocks; with a ResNet-50 on ImageNet a linear probe of its third and fourth stage
-gives 54 and 46 % (mmselfsup). So the report at the end has every stage.
-
-The built-in images have a shortcut: light falls from above, and its direction alone tells the
-rotation. So half of the demonstration's views are negatives (--invert); without them, see
-`rotation-no-negatives` in tests/results/README.md.
-
-Departures from the paper: ResNets instead of NIN and AlexNet, with one linear layer on the pooled
-features; pixels are normalised with ImageNet's mean and std on CIFAR, too.
-
-Measured in the demonstration, top-1 in percent (of the network at random):
-built-in set, kNN 46.9 (35.4), probe 65.5 (43.0); seeds: 3
-10,000 of CIFAR-10, kNN 34.6 (32.2), probe 38.5 (34.6); seeds: 3
 """
 
+import copy
 import math
-from dataclasses import dataclass
+import time
 from functools import partial
 
 import torch
@@ -45,7 +31,7 @@ from torch import nn
 
 
 class RotNet(nn.Module):
-    """Backbone and a linear classifier of four rotations.
+    """Backbone and a linear classifier of the four rotations.
 
     backbone: (B, 3, H, W) -> (B, feature_dim).
     """
@@ -56,15 +42,16 @@ class RotNet(nn.Module):
         self.classifier = nn.Linear(feature_dim, 4)
 
     def forward(self, rotated):
-        """(4B, 3, S, S) -> logits (4B, 4). In one pass, so that BN cannot tell rotations apart."""
+        """(4B, 3, S, S) -> logits (4B, 4). All rotations in one pass: they share BN statistics,
+        which could otherwise give them away."""
         return self.classifier(self.backbone(rotated))
 
 
 def rotate_four(images):
-    """The four quarter turns of every image: (B, 3, S, S) -> (4B, 3, S, S), labels (4B,).
+    """The four rotations of every image: (B, 3, S, S) -> (4B, 3, S, S), labels (4B,).
 
     Label k is k quarter turns counter-clockwise; the first B are the images as they are. Pixels
-    change places and none is computed: resampling would leave traces that give the label away.
+    only change places: resampling would leave traces from which the label could be read.
     """
     rotated = torch.cat([torch.rot90(images, k, (2, 3)) for k in range(4)])
     return rotated, torch.arange(4, device=images.device).repeat_interleave(len(images))
@@ -78,65 +65,67 @@ def rotation_loss(logits, labels):
 
         L = -1/N Σ_i 1/K Σ_y log F^y(g(X_i | y))
 
-    where g(X | y) is the image X turned y times, F^y the probability that the network gives to y,
-    and K = 4. Guessing gives ln 4.
+    where g(X | y) is the image X turned y times, F^y the probability that the network gives to
+    rotation y, and K = 4. Chance level: ln 4.
     """
     return F.cross_entropy(logits, labels)
 
 
 @torch.no_grad()
-def accuracy(logits, labels):
-    """Health: the fraction of labels that are found. Above chance and rising; if it is close to 1
-    within the first epochs, there is a shortcut: (B, classes), (B,) -> scalar."""
+def solved(logits, labels):
+    """Health: the fraction of rows in which the label has the highest logit. Rising, and above the
+    chance level, 1 / K; if it is near 1 within the first epochs, there is a shortcut that needs no
+    features of objects: (B, K), (B,) -> scalar."""
     return (logits.argmax(1) == labels).float().mean()
 
 
 # --------------------------------------------------------------------------------- augmentation
 
 
-def shift(x, offsets, padding):
-    """Pad with `padding` black pixels and crop to the old size: (B, 3, H, W) -> (B, 3, H, W).
+def augment(images, aspect, image_size, crop, invert):
+    """uint8 images (B, 3, S, S), squeezed to squares from width / height = aspect (B,) -> views
+    (B, 3, image_size, image_size), which are rotated afterwards.
 
-    offsets (B, 2): top and left of the crops, whole numbers from 0 to 2 · padding. No resampling.
+    crop: "shift", the authors' augmentation of CIFAR, or "resized", theirs of ImageNet. invert: the
+    fraction of views made negatives (not in the paper). The light on the built-in images falls from
+    above; its direction alone would tell the rotation, were it not reversed in half of the views.
     """
+    from common import (central_crop, normalize, random_horizontal_flip, random_resized_crop,
+                        random_solarize)
+
+    if crop == "shift":
+        x = random_shift(central_crop(images, aspect, image_size), padding=4)
+    else:
+        x = random_resized_crop(images, aspect, image_size, scale=(0.08, 1.0))
+    x = random_horizontal_flip(x, p=0.5)
+    x = random_solarize(x, p=invert, threshold=0.0)  # from 0 on, every value is inverted
+    return normalize(x)
+
+
+def random_shift(x, padding, offsets=None):
+    """Put a border of `padding` black pixels around each image, and cut a window of the old size
+    from a random place: (B, 3, H, W) -> (B, 3, H, W).
+
+    offsets (B, 2): top and left of the windows, whole numbers from 0 to 2 · padding; random by
+    default. Pixels only change places.
+    """
+    from common import uniform
+
+    if offsets is None:
+        offsets = uniform(len(x), 2, device=x.device, high=2 * padding + 1).long()
     top, left = offsets.unbind(1)
-    padded = F.pad(x, [padding] * 4)
-    windows = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)  # a view, all crops
+    windows = F.pad(x, [padding] * 4).unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)
     return windows[torch.arange(len(x), device=x.device), :, top, left]
-
-
-@dataclass
-class RandomShift:
-    """torchvision's RandomCrop(size, padding), each image with its own offsets."""
-    padding: int
-
-    def draw(self, images, aspect):
-        from common import uniform
-
-        offsets = uniform(len(images), 2, device=images.device, high=2 * self.padding + 1).long()
-        return [(partial(shift, padding=self.padding), offsets)]
-
-
-def make_augment(image_size, crop, invert):
-    """The authors' augmentations of CIFAR (crop "shift") and ImageNet ("resized"), and then, where
-    the light gives the rotation away, negatives of some views. Views are turned after it."""
-    from common import (Augment, CentralCrop, Normalize, RandomHorizontalFlip, RandomResizedCrop,
-                        RandomSolarize)
-
-    crops = {"shift": [CentralCrop(image_size), RandomShift(4)],
-             "resized": [RandomResizedCrop(image_size, scale=(0.08, 1.0))]}
-    return Augment([*crops[crop], RandomHorizontalFlip(0.5), RandomSolarize(invert, threshold=0.0),
-                    Normalize()])
 
 
 # ------------------------------------------------------------------------------------- training
 
 
-def stepwise(step, total_steps, warmup_steps, start, drops, factor):
-    """Rises linearly to `start` over the warm-up, and is multiplied by `factor` from each of the
-    `drops` on, which are parts of the training."""
+def stepwise(step, total_steps, warmup_steps, peak, drops, factor):
+    """Rises linearly to `peak` over the warm-up, then is constant, except that it is multiplied by
+    `factor` at each of the `drops`: fractions of the training, from 0 to 1."""
     passed = sum(step >= round(drop * total_steps) for drop in drops)
-    return start * factor**passed * min((step + 1) / max(warmup_steps, 1), 1)
+    return peak * factor**passed * min((step + 1) / max(warmup_steps, 1), 1)
 
 
 def make_optimizer(model, weight_decay):
@@ -146,41 +135,60 @@ def make_optimizer(model, weight_decay):
 
 
 def train(args):
-    """Four turns of each image of a batch, once per step."""
-    from common import Run, denormalize, make_backbone
+    """The four rotations of each image of a batch, once per step."""
+    from common import (batch_that_fits, batches, denormalize, examples, load_checkpoint, load_data,
+                        log, make_backbone, parallel, rank, save_checkpoint, save_picture, start,
+                        write_log)
+    from linear_probe import evaluate, load_init
 
-    run = Run("rotation", args)
-    backbone = run.init(make_backbone(args.arch, args.image_size))
+    device = start(args.device, args.seed, args.deterministic)
+    train_set, test_set = load_data(args.data, args.image_size, args.max_images, args.workers,
+                                    device)
+    args.batch_size = batch_that_fits(args, train_set)
+    steps_per_epoch = len(train_set) // args.batch_size
+    total_steps = args.epochs * steps_per_epoch
+    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
+    peak_lr = args.lr * args.batch_size / 256
+
+    backbone = make_backbone(args.arch, args.image_size)
+    initial = copy.deepcopy(backbone)  # the report's baseline
+    load_init(backbone, args.init)
     model = RotNet(backbone, backbone.feature_dim)
+    model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, args.weight_decay)
-    augment = make_augment(args.image_size, args.crop, args.invert)
-    network = run.start(model, optimizer, backbone)
-    images, aspect = run.sample()
-    rotated, _ = rotate_four(denormalize(augment(images, aspect)))
-    run.save_picture("views.png", images / 255, *rotated.chunk(4))
+    view = partial(augment, image_size=args.image_size, crop=args.crop, invert=args.invert)
+    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
+    network = parallel(model, args.compile)
+    if rank() == 0:
+        images, aspect = examples(train_set, device)
+        rotated, _ = rotate_four(denormalize(view(images, aspect)))
+        save_picture(f"{args.out}/views.png", images / 255, *rotated.chunk(4))
+    saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
+    started = step, time.monotonic()
     chance = math.log(4)
 
-    for step, images, aspect in run.steps():
-        lr = stepwise(step, run.total_steps, run.warmup_steps, run.peak_lr, args.lr_drops,
-                      args.lr_factor)
+    for step, images, aspect in batches(train_set, args, step, device):
+        lr = stepwise(step, total_steps, warmup_steps, peak_lr, args.lr_drops, args.lr_factor)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        rotated, rotation = rotate_four(augment(images, aspect))
-        with run.autocast():
+        rotated, rotation = rotate_four(view(images, aspect))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = network(rotated)
         loss = rotation_loss(logits.float(), rotation)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if run.prints(step):
-            run.log(step, loss, lr, chance, accuracy=accuracy(logits, rotation))
-    run.finish(layers=True)
+
+        done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
+        if done == 1 or done % args.print_freq == 0 or epoch_ends:
+            log(args, done, total_steps, started, lr, loss, chance,
+                rotations_solved=solved(logits, rotation))
+        if epoch_ends or time.monotonic() - saved > 600:
+            saved = save_checkpoint(args, done, train_set, model, optimizer, backbone)
+    report = evaluate(backbone, initial, train_set, test_set, args.image_size, device, layers=True)
+    write_log(args, {"step": total_steps, "report": report})
 
 
-# Sources: cifar: gidariss/FeatureLearningRotNet (rate 0.1 for 128 images; drops at epochs 60, 120
-# and 160). imagenet: mmselfsup's ResNet-50 (rate 0.2 for 128 images; drops at epochs 30 and 50).
-# The paper's AlexNet: 50 epochs of batch 192, rate 0.01, a tenth of it from epochs 15, 30 and 45
-# on, decay 5e-4, no warm-up. demo: measured.
 RECIPES = {
     "recipe":        ("demo",           "cifar",          "imagenet"),
     "arch":          ("resnet8",        "resnet18",       "resnet50"),
@@ -195,23 +203,33 @@ RECIPES = {
     "crop":          ("resized",        "shift",          "resized"),
     "invert":        (0.5,              0.0,              0.0),
 }
+FLAGS = {  # type, lowest, highest, help, the paper's value
+    "lr_drops": ([float], 0, 1, "fractions of the training at which the rate falls", "0.3 0.6 0.8"),
+    "lr_factor": (float, 0, 1, "what the rate is multiplied by when it falls", "0.2"),
+    "crop": (("shift", "resized"), None, None, "shift: by up to 4 pixels; resized: of random size",
+             "shift on CIFAR, resized on ImageNet"),
+    "invert": (float, 0, 1, "fraction of views made negatives, so that the direction of the light "
+               "does not tell the rotation", "0"),
+}
 
 
 def parse_args(argv=None):
-    from common import ArgumentParser, number
+    from common import parse_flags
 
-    parser = ArgumentParser(__doc__, RECIPES)
-    add = parser.add_argument
-    add("--lr-drops", type=number(float, 0, 1), nargs="*", metavar="PART",
-        help="parts of the training after which the rate falls (paper: 0.3 0.6 0.8, CIFAR)")
-    add("--lr-factor", type=number(float, 0, 1),
-        help="by which it is then multiplied (paper: 0.2, CIFAR)")
-    add("--crop", choices=("shift", "resized"),
-        help="shift: by up to 4 pixels (paper: CIFAR); resized: of random size (paper: ImageNet)")
-    add("--invert", type=number(float, 0, 1), help="fraction of views made negatives, against the "
-        "shortcut of light that falls from above (paper: 0)")
-    return parser.parse_args(argv)
+    return parse_flags("rotation", __doc__, RECIPES, FLAGS, argv)
 
+
+# Sources. cifar: gidariss/FeatureLearningRotNet (rate 0.1 for 128 images; falls at epochs 60, 120
+# and 160), with a ResNet. imagenet: mmselfsup's ResNet-50 (rate 0.2 for 128 images; falls at epochs
+# 30 and 50). The paper's AlexNet has 50 epochs of batch 192, rate 0.01, a tenth of it from epochs
+# 15, 30 and 45 on, weight decay 5e-4 and no warm-up. demo: measured on the built-in images.
+#
+# Departures from the paper: ResNets (paper: NIN and AlexNet), with one linear layer on the pooled
+# features; pixels are normalised with ImageNet's mean and std on CIFAR, too.
+#
+# The last layers know most about rotations, but middle ones more about objects: the paper takes the
+# features of the second of four blocks. With mmselfsup's ResNet-50, linear probes of the third and
+# fourth stage reach 54 and 46 % on ImageNet. This is why the report has a line for each stage.
 
 if __name__ == "__main__":
     from common import main

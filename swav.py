@@ -1,14 +1,13 @@
-"""SwAV: the cluster that one view of an image falls into is predicted from its other views.
+"""SwAV: from one view of an image, predict which cluster another view of it belongs to.
 
 Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments" (2020,
-arXiv 2006.09882).
-Survey family: clustering, with codes computed online. What prevents collapse: Sinkhorn-Knopp, which
-gives each cluster an equal share of the images.
+arXiv 2006.09882). Survey family: clustering, with assignments computed in each batch. What prevents
+collapse: Sinkhorn-Knopp, which gives each cluster an equal share of the images.
 
-Each image is cut into two large views and several small ones (multi-crop), which are all scored
-against K prototypes, the learned centres of the clusters. Sinkhorn-Knopp turns the scores of the
-large views into codes, soft choices of prototypes, so that over the batch all are chosen equally
-often. From its own scores, every other view of the image has to predict a large view's code.
+Each image is cropped into two large and several small views (multi-crop), and each view is compared
+with K prototypes, the learned centres of the clusters. Sinkhorn-Knopp turns the scores of the large
+views into codes: probabilities of the clusters, balanced so that over the batch all clusters are
+equally likely. Every other view of the image then learns to predict a large view's code.
 
               ┌─ large view s ─ backbone ─ projector ─ z_s ─ scores ─ Sinkhorn ─ code q_s ─┐
         image ┤                 (shared)   (shared)           (prototypes)  no gradient    ├─ loss
@@ -19,24 +18,14 @@ often. From its own scores, every other view of the image has to predict a large
 Run      python swav.py                         demonstration: built-in images, CPU, a minute
          python swav.py --data path             a folder of images, or cifar10
          torchrun --nproc-per-node=8 swav.py --data path
-Reuse    from swav import SwAV, sinkhorn, swav_loss     (needs torch only)
-
-On the log line the loss should leave ln K, printed as chance, and code_entropy, the mean entropy of
-a code over ln K, fall clearly below 1. If they do not, the authors advise a smaller --epsilon
-(0.03), longer --freeze-epochs, or a later queue. In prototypes.png, a row has a cluster's images.
-
-Departures from the paper: LARS on all parameters, biases and BN too, for the authors' LARC, which
-divides by |g| + weight_decay · |w|, LARS by |g + weight_decay · w|; a warm-up starts at 0 (authors'
-code: 1/16 of the peak); no bias ahead of the projector's BN, which cancels it; codes come from
-float32 scores (authors' code: float16); blur is a true Gaussian (authors' code: PIL's three boxes).
-
-Measured in the demonstration, top-1 in percent (of the network at random):
-built-in set, kNN 70.3 (35.4), probe 86.8 (43.0); seeds: 3
-10,000 of CIFAR-10, kNN 39.9 (32.2), probe 46.1 (34.6); seeds: 3
+Reuse    from swav import SwAV, sinkhorn, swav_loss, LARS, cosine       (needs torch only)
 """
 
+import copy
 import itertools
 import math
+import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +37,8 @@ from torch import nn
 class SwAV(nn.Module):
     """Backbone, projector, prototypes and the queue.
 
-    backbone: (B, 3, H, W) -> (B, feature_dim), for any H and W. queue_size: embeddings of past
-    batches, for each of the two large views, that are assigned with a small batch; 0: none.
+    backbone: (B, 3, H, W) -> (B, feature_dim), for any H and W. queue_size: how many z of past
+    batches are kept for each of the two large views, and clustered with a small batch; 0: none.
     """
 
     def __init__(self, backbone, feature_dim, proj_dim=128, num_prototypes=3000, queue_size=0):
@@ -63,9 +52,9 @@ class SwAV(nn.Module):
         self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))  # where the oldest is
 
     def forward(self, views):
-        """V views (B, 3, ., .), those of one size adjacent -> z (V, B, D) of unit length and scores
-        (V, B, K). One pass of the backbone for each size, whose views so share BN statistics, and
-        one of the projector over all views, as in the authors' code."""
+        """V views (B, 3, H, W), those of one size next to each other -> z (V, B, D), of unit
+        length, and scores (V, B, K). As in the authors' code, views of one size share a pass of the
+        backbone, and all views one of the projector: what shares a pass shares BN statistics."""
         sizes = itertools.groupby(views, key=lambda view: view.shape[-1])
         features = torch.cat([self.backbone(torch.cat(list(group))) for _, group in sizes])
         z = F.normalize(self.projector(features), dim=1)
@@ -73,19 +62,19 @@ class SwAV(nn.Module):
 
     @torch.no_grad()
     def normalize_prototypes(self):
-        """Back to the unit sphere, so that scores are cosines; before every forward."""
+        """To unit length again, so that scores are cosines. Call it before every forward."""
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
 
     @torch.no_grad()
     def assigning_scores(self, z, with_queue):
-        """z (2, B, D) of the large views -> what Sinkhorn sees of each: (2, B, K), or (2, B + Q, K)
-        with the queue, whose embeddings are scored against the prototypes as they are now."""
+        """z (2, B, D) of the large views -> the scores for Sinkhorn: (2, B, K), or (2, B + Q, K)
+        with the queue. It holds z, not scores, so that the present prototypes score past images."""
         z = torch.cat([z, self.queue], dim=1) if with_queue else z
         return z @ self.prototypes.weight.T
 
     @torch.no_grad()
     def enqueue(self, z):
-        """z (2, B, D) of the large views takes the place of the oldest in the queue."""
+        """Put z (2, B, D) of the large views in the place of the oldest in the queue."""
         size = self.queue.shape[1]
         z = z[:, -size:]
         places = (self.queue_ptr + torch.arange(z.shape[1], device=z.device)) % size
@@ -98,32 +87,32 @@ class SwAV(nn.Module):
 
 @torch.no_grad()
 def sinkhorn(scores, epsilon, iterations):
-    """Scores (B, K) of images against prototypes -> codes (B, K), rows sum to 1, no gradient.
+    """Scores (B, K) of images and prototypes -> codes (B, K), rows sum to 1, no gradient.
 
-    The codes are B · Q*, equations 3 to 5 of the paper: of all Q whose rows have equal sums, and
-    whose columns have equal sums, Q* is the one with the largest
+    The codes are B · Q*, equations 3 to 5 of the paper. Q* maximises
 
-        Σ_ij Q_ij · scores_ij + ε H(Q);   Q* = Diag(u) exp(scores / ε) Diag(v)
+        Σ_ij Q_ij · scores_ij + ε H(Q),   H the entropy,
 
-    found by scaling rows and columns in turn (Sinkhorn-Knopp). In the log domain, each scaling is
-    a log-softmax: finite at any scale of the scores, where exp(scores / ε) overflows. After few
-    iterations the columns' sums, B / K, are not quite reached.
+    over all Q ≥ 0 whose rows sum to 1 / B (images count alike) and columns to 1 / K (so do
+    prototypes). It is Diag(u) exp(scores / ε) Diag(v), found by dividing columns and rows by their
+    sums in turn (Sinkhorn-Knopp); in logarithms, as exp overflows, each division is a log-softmax.
+    After a few iterations the columns' sums are only nearly equal.
     """
     log_q = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon
     for _ in range(iterations):
-        log_q = log_q.log_softmax(0)  # every prototype gets as many images
-        log_q = log_q.log_softmax(1)  # every image is given away once
+        log_q = log_q.log_softmax(0)  # all prototypes get the same share
+        log_q = log_q.log_softmax(1)  # each image's code sums to 1
     return log_q.exp()
 
 
 def swav_loss(scores, codes, temperature):
-    """Swapped prediction: V scores (B, K), of the assigning views first, and their 2 codes (B, K)
+    """Swapped prediction: V scores (B, K), the two large views' first, and their 2 codes (B, K)
     -> scalar.
 
         l(z_t, q_s) = - Σ_k q_s^k log p_t^k,   p_t = softmax(scores_t / τ)
 
-    equation 2 of the paper, averaged over the B images and the 2 (V - 1) pairs of an assigning view
-    s and any other view t (equation 6: summed). Guessing gives ln K. Codes must have no gradient.
+    equation 2 of the paper, averaged over the B images and the 2 (V - 1) pairs of a large view s
+    and any other view t (equation 6: summed). Chance level: ln K. Codes must have no gradient.
     """
     log_p = [F.log_softmax(score / temperature, dim=1) for score in scores]
     swaps = [-(q * log_p[t]).sum(1).mean()
@@ -133,39 +122,30 @@ def swav_loss(scores, codes, temperature):
 
 @torch.no_grad()
 def code_entropy(codes):
-    """Health: the mean entropy of the images' codes over ln K, clearly below 1 if codes tell images
-    apart: (B, K) -> scalar. (The entropy of the mean code tells nothing: Sinkhorn forces it.)"""
+    """Health: mean entropy of an image's code, over ln K: (B, K) -> scalar. It should be clearly
+    below 1, and the loss below ln K; if they stay there, the authors advise a smaller --epsilon
+    (0.03), more --freeze-epochs, or a later --queue-epoch. (The entropy of the mean code would say
+    nothing: Sinkhorn keeps it at ln K.)"""
     return torch.special.entr(codes).sum(1).mean() / math.log(codes.shape[1])
-
-
-@torch.no_grad()
-def cluster_pictures(model, images, views, count=8):
-    """Columns of images (B, 3, S, S): a row for each of the prototypes that most of the views score
-    highest, with the images whose views (B, 3, H, W) score highest there, in falling order."""
-    scores = model.eval()([views])[0][0] @ F.normalize(model.prototypes.weight, dim=1).T
-    count = min(count, *scores.shape)
-    popular = (scores == scores.amax(1, keepdim=True)).sum(0).topk(count).indices
-    return images[scores[:, popular].topk(count, dim=0).indices]
 
 
 # --------------------------------------------------------------------------------- augmentation
 
 
-def make_augment(image_size, crop_scale, jitter_strength, blur):
-    """The augmentation of the large views (smallest to largest crop_scale 0.14 to 1 in the paper)
-    and, at a smaller size, of the small ones (0.05 to 0.14)."""
-    from common import (Augment, ColorJitter, GaussianBlur, Normalize, RandomGrayscale,
-                        RandomHorizontalFlip, RandomResizedCrop)
+def augment(images, aspect, size, crop_scale, jitter_strength, blur):
+    """The paper's augmentation, of large and small views: uint8 images (B, 3, S, S), squeezed to
+    squares from width / height = aspect (B,) -> views (B, 3, size, size). crop_scale: smallest and
+    largest crop, as fractions of the image's area (paper: large 0.14 to 1, small 0.05 to 0.14)."""
+    from common import (color_jitter, gaussian_blur, normalize, random_grayscale,
+                        random_horizontal_flip, random_resized_crop)
 
     s = jitter_strength
-    return Augment([
-        RandomResizedCrop(image_size, scale=crop_scale),
-        RandomHorizontalFlip(0.5),
-        ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8),
-        RandomGrayscale(0.2),
-        GaussianBlur(blur, sigma=(0.1, 2.0), kernel_size=13),  # to 3 σ, as PIL
-        Normalize(),
-    ])
+    x = random_resized_crop(images, aspect, size, scale=crop_scale)
+    x = random_horizontal_flip(x, p=0.5)
+    x = color_jitter(x, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
+    x = random_grayscale(x, p=0.2)
+    x = gaussian_blur(x, p=blur, kernel_size=13, sigma=(0.1, 2.0))  # 13: to 3 σ, as PIL does
+    return normalize(x)
 
 
 # ------------------------------------------------------------------------------------- training
@@ -205,12 +185,12 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
-def cosine(step, total_steps, warmup_steps, start, end=0.0):
-    """Rises linearly to `start` over the warm-up, then falls to `end` on half a cosine."""
+def cosine(step, total_steps, warmup_steps, peak, end=0.0):
+    """Rises linearly to `peak` over the warm-up, then falls to `end` on half a cosine."""
     if step < warmup_steps:
-        return start * (step + 1) / warmup_steps
+        return peak * (step + 1) / warmup_steps
     t = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
+    return end + (peak - end) * (1 + math.cos(math.pi * t)) / 2
 
 
 def make_optimizer(name, model, weight_decay):
@@ -220,37 +200,75 @@ def make_optimizer(name, model, weight_decay):
     return torch.optim.Adam(model.parameters(), lr=0.0, weight_decay=weight_decay)
 
 
+@torch.no_grad()
+def nearest_views(model, views, count=8):
+    """For each of the prototypes that are the nearest of most views (B, 3, H, W), the views that
+    are nearest to it: (rows, columns, 3, H, W), `count` of each where there are as many."""
+    scores = model.eval()([views])[0][0] @ F.normalize(model.prototypes.weight, dim=1).T
+    count = min(count, *scores.shape)
+    popular = (scores == scores.amax(1, keepdim=True)).sum(0).topk(count).indices
+    return views[scores[:, popular].topk(count, dim=0).indices.T]
+
+
+def save_prototypes(args, model, images, device):
+    """prototypes.png: each row shows the images that are nearest to one prototype."""
+    from common import denormalize, rank, save_picture
+    from linear_probe import centre_view
+
+    if rank() == 0:
+        (some,) = images.load([torch.arange(0, len(images), -(-len(images) // 256))], device)
+        columns = nearest_views(model, centre_view(*some, args.image_size)).unbind(1)
+        save_picture(f"{args.out}/prototypes.png", *map(denormalize, columns))
+
+
 def train(args):
     """The paper's pseudocode, with multi-crop and the queue, once per step."""
-    from common import Run, eval_view, gather, make_backbone, rank
+    from common import (batch_that_fits, batches, gather, load_checkpoint, load_data, log,
+                        make_backbone, parallel, rank, save_checkpoint, save_views, start,
+                        write_log)
+    from linear_probe import evaluate, load_init
 
-    run = Run("swav", args)
-    backbone = run.init(make_backbone(args.arch, args.image_size))
+    device = start(args.device, args.seed, args.deterministic)
+    train_set, test_set = load_data(args.data, args.image_size, args.max_images, args.workers,
+                                    device)
+    args.batch_size = batch_that_fits(args, train_set)
+    steps_per_epoch = len(train_set) // args.batch_size
+    total_steps = args.epochs * steps_per_epoch
+    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
+    frozen_steps = round(args.freeze_epochs * steps_per_epoch)
+    queue_start = round(args.queue_epoch * steps_per_epoch)
+    queue_full = queue_start + math.ceil(args.queue_size / args.batch_size)
+    peak_lr = args.lr * args.batch_size / 256
+
+    backbone = make_backbone(args.arch, args.image_size)
+    initial = copy.deepcopy(backbone)  # the report's baseline
+    load_init(backbone, args.init)
     model = SwAV(backbone, backbone.feature_dim, args.proj_dim, args.num_prototypes,
                  args.queue_size)
+    model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
-    large = make_augment(args.image_size, (args.crop_scale, 1.0), args.jitter_strength, args.blur)
-    small = make_augment(args.small_size, (args.small_crop_scale, args.crop_scale),
-                         args.jitter_strength, args.blur)
-    augments = [large, large] + [small] * args.small_crops
-    network = run.start(model, optimizer, backbone)
-    run.save_views(*augments)
+    view = partial(augment, jitter_strength=args.jitter_strength, blur=args.blur)
+    large = partial(view, size=args.image_size, crop_scale=(args.crop_scale, 1.0))
+    small = partial(view, size=args.small_size, crop_scale=(args.small_crop_scale, args.crop_scale))
+    crops = [large] * 2 + [small] * args.small_crops
+    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
+    network = parallel(model, args.compile)
+    save_views(args, train_set, device, *crops)
+    saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
+    started = step, time.monotonic()
     chance = math.log(args.num_prototypes)
-    frozen_steps = round(args.freeze_epochs * run.steps_per_epoch)
-    queue_start = round(args.queue_epoch * run.steps_per_epoch)
-    queue_full = queue_start + math.ceil(args.queue_size / args.batch_size)
 
-    for step, images, aspect in run.steps():
-        lr = cosine(step, run.total_steps, run.warmup_steps, run.peak_lr, run.peak_lr / 1000)
+    for step, images, aspect in batches(train_set, args, step, device):
+        lr = cosine(step, total_steps, warmup_steps, peak_lr, peak_lr / 1000)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        views = [augment(images, aspect) for augment in augments]
+        views = [crop(images, aspect) for crop in crops]
         model.normalize_prototypes()
-        with run.autocast():
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             z, scores = network(views)
         z = torch.stack([gather(v.detach()) for v in z[:2].float()])  # of all processes
         assigning = model.assigning_scores(z, args.queue_size > 0 and step >= queue_full)
-        mine = slice(rank() * len(images), (rank() + 1) * len(images))
+        mine = slice(rank() * len(images), (rank() + 1) * len(images))  # images of this process
         codes = [sinkhorn(s, args.epsilon, args.sinkhorn_iterations)[mine] for s in assigning]
         loss = swav_loss(scores.float(), codes, args.temperature)
         optimizer.zero_grad()
@@ -260,18 +278,18 @@ def train(args):
         optimizer.step()
         if args.queue_size > 0 and step >= queue_start:
             model.enqueue(z)
-        if run.prints(step):
-            run.log(step, loss, lr, chance, code_entropy=code_entropy(torch.cat(codes)))
-    images, aspect = run.sample(256)
-    run.save_picture("prototypes.png", *cluster_pictures(
-        model, images / 255, eval_view(images, aspect, args.image_size)))
-    run.finish()
+
+        done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
+        if done == 1 or done % args.print_freq == 0 or epoch_ends:
+            log(args, done, total_steps, started, lr, loss, chance,
+                code_entropy=code_entropy(torch.cat(codes)))
+        if epoch_ends or time.monotonic() - saved > 600:
+            saved = save_checkpoint(args, done, train_set, model, optimizer, backbone)
+    save_prototypes(args, model, train_set, device)
+    report = evaluate(backbone, initial, train_set, test_set, args.image_size, device)
+    write_log(args, {"step": total_steps, "report": report})
 
 
-# Sources: imagenet: the authors' recipe for batches of 256 (facebookresearch/swav), 72.7 % linear.
-# Their large one: batch 4096, lr 0.3 per 256, 10 epochs of warm-up, no queue; 75.3 % after 800
-# epochs. cifar: lightly's CIFAR-10 benchmark, with the authors' frozen first epoch. demo: measured;
-# SimCLR's budget of 50,000 views.
 RECIPES = {
     "recipe":              ("demo",    "cifar",    "imagenet"),
     "arch":                ("resnet8", "resnet18", "resnet50"),
@@ -297,40 +315,43 @@ RECIPES = {
     "jitter_strength":     (0.5,       0.5,        1.0),
     "blur":                (0.0,       0.0,        0.5),
 }
+FLAGS = {  # type, lowest, highest, help, the paper's value
+    "optimizer": (("lars", "adam"), None, None, "optimizer", "lars"),
+    "temperature": (float, 1e-3, 100, "softmax temperature, τ", "0.1"),
+    "epsilon": (float, 1e-3, 100, "ε of Sinkhorn: the smaller, the sharper the codes", "0.05"),
+    "sinkhorn_iterations": (int, 1, 10**3, "iterations of Sinkhorn-Knopp", "3"),
+    "num_prototypes": (int, 2, 10**6, "prototypes, K; fewer than batch and queue together", "3000"),
+    "freeze_epochs": (float, 0, 10**6, "epochs in which the prototypes do not learn", "1"),
+    "queue_size": (int, 0, 10**6, "z of past images kept for each large view; 0: none", "3840"),
+    "queue_epoch": (float, 0, 10**6, "epoch from which the queue fills; used when full", "15"),
+    "proj_dim": (int, 1, 10**5, "length of z", "128"),
+    "small_crops": (int, 0, 100, "small views per image", "6"),
+    "small_size": (int, 8, 10**4, "side of a small view, in pixels", "96"),
+    "crop_scale": (float, 1e-3, 1, "smallest large, largest small crop: fraction of area", "0.14"),
+    "small_crop_scale": (float, 1e-3, 1, "smallest small crop: fraction of area", "0.05"),
+    "jitter_strength": (float, 0, 1.25, "strength of the colour jitter, s", "1"),
+    "blur": (float, 0, 1, "fraction of views that are blurred", "0.5"),
+}
 
 
 def parse_args(argv=None):
-    from common import ArgumentParser, number
+    from common import parse_flags, wrong_arguments
 
-    parser = ArgumentParser(__doc__, RECIPES)
-    add = parser.add_argument
-    add("--optimizer", choices=("lars", "adam"), help="the paper has LARS")
-    add("--temperature", type=number(float, 0, above=True),
-        help="softmax temperature, τ (paper: 0.1)")
-    add("--epsilon", type=number(float, 0, above=True),
-        help="weight of the entropy in Sinkhorn: smaller, sharper codes (paper: 0.05)")
-    add("--sinkhorn-iterations", type=number(int, 1), help="of Sinkhorn-Knopp (paper: 3)")
-    add("--num-prototypes", type=number(int, 2),
-        help="K (paper: 3000); batch and queue together should have more images")
-    add("--freeze-epochs", type=number(float, 0), help="epochs of frozen prototypes (paper: 1)")
-    add("--queue-size", type=number(int, 0),
-        help="past embeddings of each large view, assigned with the batch when full (paper: 3840)")
-    add("--queue-epoch", type=number(float, 0),
-        help="epochs before the queue starts to fill (paper: 15)")
-    add("--proj-dim", type=number(int, 1), help="length of z (paper: 128)")
-    add("--small-crops", type=number(int, 0), help="small views per image (paper: 6)")
-    add("--small-size", type=number(int, 8), help="side of a small view, in pixels (paper: 96)")
-    add("--crop-scale", type=number(float, 0, 1, above=True),
-        help="area that divides large from small crops, as a fraction of the image (paper: 0.14)")
-    add("--small-crop-scale", type=number(float, 0, 1, above=True),
-        help="area of the smallest crop, as a fraction of the image (paper: 0.05)")
-    add("--jitter-strength", type=number(float, 0, 1.25), help="of the colour jitter (paper: 1)")
-    add("--blur", type=number(float, 0, 1), help="fraction of views that are blurred (paper: 0.5)")
-    args = parser.parse_args(argv)
+    args = parse_flags("swav", __doc__, RECIPES, FLAGS, argv)
     if args.small_crops and args.small_crop_scale > args.crop_scale:
-        parser.error(f"--small-crop-scale {args.small_crop_scale} is above --crop-scale")
+        wrong_arguments(f"--small-crop-scale {args.small_crop_scale} is above --crop-scale")
     return args
 
+
+# Sources. imagenet: the authors' recipe for batches of 256 (facebookresearch/swav; linear probe
+# 72.7 %). Theirs for batches of 4096 (rate 0.3 per 256, 10 epochs of warm-up, no queue) reaches
+# 75.3 % in 800 epochs. cifar: lightly's CIFAR-10 benchmark, with the authors' frozen first epoch.
+# demo: the best values measured on the built-in images.
+#
+# Departures from the paper: LARS for the authors' LARC, which divides by |g| + weight_decay · |w|
+# (LARS: |g + weight_decay · w|); a warm-up starts at 0 (authors' code: 1/16 of the peak); no bias
+# ahead of the projector's BN, which would cancel it; codes come from float32 scores (authors' code:
+# float16); blur is a true Gaussian (authors' code: PIL's three box filters).
 
 if __name__ == "__main__":
     from common import main

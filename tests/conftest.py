@@ -11,6 +11,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # two threads on two busy cores are slower than one
 
+CLASSES = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL", "simsiam": "SimSiam", "swav": "SwAV",
+           "barlow": "BarlowTwins", "dino": "DINO", "mae": "MAE", "rotation": "RotNet",
+           "jigsaw": "Jigsaw"}
+METHODS = [*CLASSES]
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "torture: long; run by `pytest -m torture`")

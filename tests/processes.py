@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torchvision", "processes"])
+_context.set_forkserver_preload(["torch", "torchvision.transforms.v2", "pytest", "processes"])
 
 
 def _process(function, arguments, rank, world, port, results):
@@ -16,10 +16,11 @@ def _process(function, arguments, rank, world, port, results):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     try:
         results.put((rank, function(*arguments), None))
-        dist.barrier()
     except Exception:
         results.put((rank, None, traceback.format_exc()))
-    dist.destroy_process_group()
+    if dist.is_initialized():  # common.main ends it
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def run_processes(world, function, *arguments):

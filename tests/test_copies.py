@@ -1,30 +1,29 @@
-"""What stands in several method files stands there on purpose, identical to the character."""
+"""What stands in several files stands there on purpose, identical to the character."""
 
 import ast
 
 import pytest
-from conftest import ROOT
+from conftest import METHODS, ROOT
 
 # They belong to the methods of several papers, and every file works alone: changed in one file,
 # they are changed in all.
-COPIES = {"LARS", "cosine", "ema_update", "spread", "accuracy", "stepwise",
-          "PatchEmbed", "Attention", "Block", "positions"}
+COPIES = {"LARS", "cosine", "stepwise", "ema_update", "spread", "solved", "PatchEmbed", "Attention",
+          "Block", "positions", "alignment", "uniformity"}
 
 # The same idea in every file, each time in its own way.
-OWN = {"make_augment", "make_optimizer", "train", "parse_args", "ViT", "positive_accuracy"}
-
-NOT_METHODS = {"common.py", "linear_probe.py"}
+OWN = {"augment", "make_optimizer", "train", "parse_args", "ViT", "positive_found"}
 
 
 def definitions():
-    """-> {name: {file: source}} of all top-level functions and classes of the method files."""
+    """-> {name: {file: source}} of all top-level functions and classes; of linear_probe.py, those
+    that the papers have, too."""
     found = {}
-    for path in sorted(ROOT.glob("*.py")):
-        if path.name in NOT_METHODS:
-            continue
+    for path in [ROOT / f"{name}.py" for name in (*METHODS, "linear_probe")]:
         lines = path.read_text().splitlines()
         for node in ast.parse("\n".join(lines)).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                continue
+            if path.stem in METHODS or node.name in ("alignment", "uniformity"):
                 first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
                 source = "\n".join(lines[first - 1 : node.end_lineno])
                 found.setdefault(node.name, {})[path.name] = source
@@ -47,8 +46,7 @@ def test_no_other_name_stands_in_several_files():
     assert not {name: [*SHARED[name]] for name in others}
 
 
-def test_barlow_has_the_augmentation_of_byol_and_the_optimizer_groups_are_simclrs():
-    assert SHARED["make_augment"]["barlow.py"] == SHARED["make_augment"]["byol.py"]
+def test_the_optimizers_of_byol_and_simclr_have_the_same_groups():
     assert SHARED["make_optimizer"]["byol.py"] == SHARED["make_optimizer"]["simclr.py"]
 
 

@@ -221,6 +221,7 @@ def test_positions_are_not_trained_but_saved():
 def test_initialisation_is_that_of_the_official_code():
     torch.manual_seed(0)
     vit = ViT(32, 4, 64, 2, 2)
+    assert [vit.get_submodule(stage) for stage in vit.stages] == list(vit.blocks)
     weights = {k: v.clone() for k, v in vit.state_dict().items()}
     model = MAE(vit, 0.75, 32, 2, 1)
     assert all(torch.equal(v, weights[k]) for k, v in vit.state_dict().items())  # --init survives
@@ -363,15 +364,15 @@ def test_loss_falls_below_the_variance_only_if_the_encoder_sees():
 @pytest.mark.parametrize("objective, flags", [("mae", []), ("mae", ["--no-norm-pix"]),
                                               ("simmim", [])])
 def test_run_writes_pictures(class_folders, monkeypatch, objective, flags):
-    drawn = []
-    monkeypatch.setattr(linear_probe, "evaluate", lambda *a, **k: {})
-    monkeypatch.setattr(linear_probe, "print_report", lambda report: None)
+    drawn, evaluated = [], []
+    monkeypatch.setattr(linear_probe, "evaluate", lambda *a, **k: evaluated.append(k))
     monkeypatch.setattr(mae, "reconstruct", lambda *a: drawn.append(a) or reconstruct(*a))
     mae.train(mae.parse_args(["--data", "images", "--recipe", "demo", "-b", "8", "--epochs", "1",
                               "--objective", objective, "--out", "out", *flags]))
     assert {"views.png", "reconstruction.png", "backbone.pth"} <= {
         p.name for p in (class_folders.parent / "out").iterdir()}
     assert drawn[0][-1] == (objective == "mae" and not flags)  # undoes what the loss did
+    assert evaluated == [{"layers": True}]  # the best features are not at the end
 
 
 def test_recipes_have_a_flag_for_each_key():

@@ -2,14 +2,16 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import common
+import linear_probe
 import swav
-from swav import LARS, SwAV, cluster_pictures, code_entropy, sinkhorn, swav_loss
+from swav import LARS, SwAV, code_entropy, nearest_views, sinkhorn, swav_loss
 
 # ---- codes
 
@@ -227,24 +229,23 @@ def test_queue_is_scored_against_the_prototypes_of_today():
     assert torch.equal(model.assigning_scores(new, False), new @ model.prototypes.weight.T)
 
 
-def test_cluster_pictures():
-    """Images of one brightness each; the prototypes are three brightnesses."""
-    brightness = torch.tensor([0.9, 0.1, 0.5, 0.91, 0.52, 0.12, 0.93, 0.13, 0.94])
-    images = brightness[:, None, None, None].expand(9, 3, 8, 8)
-    model = SwAV(nn.Flatten(), 192, proj_dim=2, num_prototypes=3)
-    model.projector = nn.Sequential(nn.AvgPool1d(192), Angle())
-    model.prototypes.weight.data = Angle()(torch.tensor([[0.1], [0.5], [0.9]]))
-    columns = cluster_pictures(model, images, images, count=2)
-    assert columns.shape == (2, 2, 3, 8, 8)
-    rows = columns[:, :, 0, 0, 0].T.tolist()
-    assert rows[0] == pytest.approx([0.9, 0.91])  # four images; the nearest first
-    assert rows[1] == pytest.approx([0.1, 0.12])  # three
-    assert cluster_pictures(model, images[:1], images[:1]).shape == (1, 1, 3, 8, 8)
-
-
 class Angle(nn.Module):
     def forward(self, x):
         return torch.cat([x.cos(), x.sin()], 1)
+
+
+def test_nearest_views():
+    """Views of one brightness each; the prototypes are three brightnesses."""
+    brightness = torch.tensor([0.9, 0.1, 0.5, 0.91, 0.52, 0.12, 0.93, 0.13, 0.94])
+    views = brightness[:, None, None, None].expand(9, 3, 8, 8)
+    model = SwAV(nn.Flatten(), 192, proj_dim=2, num_prototypes=3)
+    model.projector = nn.Sequential(nn.AvgPool1d(192), Angle())
+    model.prototypes.weight.data = 7 * Angle()(torch.tensor([[0.1], [0.5], [0.9]]))
+    rows = nearest_views(model, views, count=2)
+    assert rows.shape == (2, 2, 3, 8, 8)
+    assert rows[0, :, 0, 0, 0].tolist() == pytest.approx([0.9, 0.91])  # of four; the nearest first
+    assert rows[1, :, 0, 0, 0].tolist() == pytest.approx([0.1, 0.12])  # of three
+    assert nearest_views(model, views[:1]).shape == (1, 1, 3, 8, 8)
 
 
 # ---- optimizer and recipes
@@ -289,109 +290,64 @@ def test_small_crops_are_the_smaller_ones():
     assert end.value.code == 2
 
 
-# ---- the training loop itself, on given images, in float64
-
-FLAGS = ("--recipe imagenet --image-size 12 --small-size 8 --small-crops 3 --num-prototypes 6 "
-         "--proj-dim 5 -b 8 --epochs 5 --warmup-epochs 0 --lr 9 --wd 0.1").split()
+# ---- the training loop itself: five epochs of one step
 
 
-class GivenRun:
-    """Stands for common.Run: five epochs of one step each on random images."""
+@pytest.fixture
+def run_loop(class_folders, monkeypatch):
+    """-> a function of flags, which trains and returns what it saw."""
+    flags = ("--data images --recipe imagenet --arch resnet8 --image-size 12 --small-size 8 "
+             "--small-crops 3 --num-prototypes 6 --proj-dim 5 -b 8 --max-images 8 --epochs 5 "
+             "--warmup-epochs 0 --lr 288 --wd 0.1 --workers 0 --out out").split()
+    seen = SimpleNamespace(sizes=[], lengths=[], weights=[], moves=[])
+    forward, make_optimizer = SwAV.forward, swav.make_optimizer
 
-    def __init__(self, method, args):
-        self.batch, self.peak_lr = args.batch_size, args.lr
-        self.total_steps, self.steps_per_epoch, self.warmup_steps = 5, 1, 0
-        torch.manual_seed(0)
-        GivenRun.last = self
+    def watched_forward(model, views):
+        seen.model = model
+        seen.sizes.append([view.shape[-1] for view in views])
+        seen.lengths.append(model.prototypes.weight.norm(dim=1))
+        return forward(model, views)
 
-    def init(self, backbone):
-        return backbone
+    def watched_optimizer(*args):
+        seen.optimizer = make_optimizer(*args)
+        return seen.optimizer
 
-    def start(self, model, optimizer, backbone):
-        self.model, self.optimizer = model.double(), optimizer
-        return model
-
-    def save_views(self, *augments):
-        self.augments = augments
-
-    def steps(self):
-        images = torch.randn(5, self.batch, 3, 12, 12, dtype=torch.float64,
-                             generator=torch.Generator().manual_seed(1))
-        for step in range(5):
-            yield step, images[step], torch.ones(self.batch)
-
-    def autocast(self):
-        return torch.autocast("cpu", enabled=False)
-
-    def prints(self, step):
-        return True
-
-    def log(self, step, loss, lr, chance, code_entropy):
+    def log(args, done, total_steps, started, lr, loss, chance, code_entropy):
         assert chance == math.log(6) and 0 < code_entropy < 1
+        seen.weights.append(seen.model.prototypes.weight.detach().clone())
+        seen.moves.append(seen.model.prototypes.weight in seen.optimizer.state)
 
-    def sample(self, count):
-        return torch.rand(20, 3, 12, 12, dtype=torch.float64) * 255, torch.ones(20)
+    def run(*more):
+        swav.train(swav.parse_args([*flags, *more]))
+        return seen
 
-    def save_picture(self, name, *columns):
-        assert name == "prototypes.png" and [c.shape for c in columns] == [(6, 3, 12, 12)] * 6
-
-    def finish(self):
-        pass
-
-
-def run_loop(*flags):
-    """Five steps of swav.train."""
-    calls = itertools.count(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "Run", GivenRun)
-        backbone = tiny_backbone()
-        backbone.feature_dim = 6
-        patch.setattr(common, "make_backbone", lambda *a: backbone)
-        patch.setattr(swav, "make_augment", lambda size, *others: (
-            lambda images, aspect: images[:, :, :size, :size].roll(next(calls), 3)))
-        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        patch.setattr(common, "eval_view", lambda images, aspect, size: images)
-        torch.manual_seed(0)
-        for module in backbone.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        swav.train(swav.parse_args([*FLAGS, *flags]))
+    monkeypatch.setattr(SwAV, "forward", watched_forward)
+    monkeypatch.setattr(swav, "make_optimizer", watched_optimizer)
+    monkeypatch.setattr(common, "log", log)
+    monkeypatch.setattr(linear_probe, "evaluate", lambda *a, **k: {})
+    return run
 
 
-def test_prototypes_are_of_unit_length_at_every_forward(monkeypatch):
-    lengths, forward = [], SwAV.forward
-
-    def watched(self, views):
-        lengths.append(self.prototypes.weight.norm(dim=1))
-        return forward(self, views)
-
-    monkeypatch.setattr(SwAV, "forward", watched)
-    run_loop()
-    assert len(lengths) == 6  # the last is for the pictures
-    for length in lengths[:5]:
-        torch.testing.assert_close(length, torch.ones(6, dtype=torch.float64))
+def test_views_prototypes_and_pictures_of_a_run(run_loop, class_folders):
+    seen = run_loop()
+    assert seen.sizes == [[12, 12, 8, 8, 8]] * 5 + [[12]]  # the last is for the picture
+    for length in seen.lengths[:5]:  # unit length at every forward
+        torch.testing.assert_close(length, torch.ones(6))
+    assert {"views.png", "prototypes.png", "backbone.pth", "checkpoint.pth", "log.jsonl"} == {
+        path.name for path in (class_folders.parent / "out").iterdir()}
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "adam"])
-def test_frozen_prototypes_have_no_gradient_no_decay_and_no_momentum(monkeypatch, optimizer):
-    seen = []
-
-    class Watched(GivenRun):
-        def log(self, *others, **health):
-            weight = self.model.prototypes.weight
-            seen.append((weight.detach().clone(), weight in self.optimizer.state))
-
-    monkeypatch.setattr(common, "Run", Watched)
-    monkeypatch.setattr("test_swav.GivenRun", Watched)
-    run_loop("--freeze-epochs", "2", "--optimizer", optimizer)
-    (w1, state1), (w2, state2), (w3, state3), *_ = seen
-    torch.testing.assert_close(w1.norm(dim=1), torch.ones(6, dtype=torch.float64))  # no decay
-    torch.testing.assert_close(w1, w2, rtol=1e-12, atol=1e-14)
-    assert not state1 and not state2 and state3
+def test_frozen_prototypes_have_no_gradient_no_decay_and_no_momentum(run_loop, optimizer):
+    seen = run_loop("--freeze-epochs", "2", "--optimizer", optimizer)
+    w1, w2, w3, *_ = seen.weights
+    torch.testing.assert_close(w1.norm(dim=1), torch.ones(6))  # no decay
+    torch.testing.assert_close(w1, w2)
     assert (w3 - w2).abs().max() > 1e-4
+    assert seen.moves == [False, False, True, True, True]
 
 
-def test_queue_is_used_only_when_full(monkeypatch):
+def test_queue_is_used_only_when_full(run_loop, monkeypatch):
     shapes = []
 
     def watched(scores, epsilon, iterations):
@@ -399,15 +355,7 @@ def test_queue_is_used_only_when_full(monkeypatch):
         return sinkhorn(scores, epsilon, iterations)
 
     monkeypatch.setattr(swav, "sinkhorn", watched)
-    run_loop("--queue-size", "12", "--queue-epoch", "1")  # fills in steps 1 and 2
+    seen = run_loop("--queue-size", "12", "--queue-epoch", "1")  # fills in steps 1 and 2
     assert shapes == [(8, 6)] * 6 + [(20, 6)] * 4
-    assert GivenRun.last.model.queue.norm(dim=2).min() > 0.9
-    assert GivenRun.last.model.queue_ptr == 8 * 4 % 12
-
-
-def test_two_large_and_the_small_views():
-    run_loop()
-    assert len(GivenRun.last.augments) == 5
-    images = torch.zeros(1, 3, 12, 12)
-    sizes = [augment(images, None).shape[-1] for augment in GivenRun.last.augments]
-    assert sizes == [12, 12, 8, 8, 8]
+    assert seen.model.queue.norm(dim=2).min() > 0.9
+    assert seen.model.queue_ptr == 8 * 4 % 12

@@ -1,0 +1,170 @@
+"""What the project promises of its files: small, readable in order, and usable alone."""
+
+import ast
+import importlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from conftest import CLASSES, METHODS, ROOT, write_images
+from processes import run_processes
+from torch import nn
+from torchvision.transforms import v2
+
+LINES = {"common": 650, "linear_probe": 400, "simclr": 340, "moco": 470, "byol": 290, "simsiam": 260,
+         "swav": 360, "barlow": 330, "dino": 480, "mae": 430, "rotation": 260, "jigsaw": 340}
+ORDER = ["model", "loss", "augmentation", "training"]
+
+
+def source(name):
+    return (ROOT / f"{name}.py").read_text()
+
+
+def definitions(name):
+    """-> {(kind, name): lines} of all functions and classes."""
+    nodes = [node for node in ast.walk(ast.parse(source(name)))
+             if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return {(type(node), node.name): node.end_lineno - node.lineno + 1 for node in nodes}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_sizes(name):
+    lines = source(name).splitlines()
+    assert len(lines) <= LINES[name]
+    assert max(map(len, lines)) <= 100
+
+
+def test_nothing_in_common_is_long():
+    sizes = definitions("common")
+    assert not {name: size for (kind, name), size in sizes.items()
+                if size > (50 if kind is ast.ClassDef else 60)}
+
+
+def test_these_are_all_files():
+    assert {path.stem for path in ROOT.glob("*.py")} == LINES.keys()
+
+
+# ---- each method file
+
+
+def imported(name):
+    """-> {module: whether the file itself imports it, and not a function in it}"""
+    tree, found = ast.parse(source(name)), {}
+    for node in ast.walk(tree):
+        names = ([node.module] if isinstance(node, ast.ImportFrom) else
+                 [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
+        found |= {n.split(".")[0]: found.get(n, False) or node in tree.body for n in names}
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_file(method):
+    text, uses = source(method), imported(method)
+    places = [text.index(f"- {part}\n") for part in ORDER]
+    places += [text.index("\n" + part) for part in
+               ("RECIPES = {", "FLAGS = {", "def parse_args(", "# Departures", "if __name__")]
+    assert places == sorted(places), "another order"
+    assert text.startswith('"""') and "arXiv" in text and "Survey family:" in text
+    assert not uses.keys() & {*METHODS}, "siblings"
+    assert not uses["common"] and not uses["linear_probe"], "imported where they are used"
+    assert {n for n in uses if uses[n]} <= {*sys.stdlib_module_names, "torch", "torchvision"}
+    sizes = definitions(method)
+    assert sizes[ast.FunctionDef, "train"] <= 70
+    assert {(ast.ClassDef, CLASSES[method]), (ast.FunctionDef, "augment"),
+            (ast.FunctionDef, f"{method}_loss")} <= sizes.keys()
+
+
+def test_order_of_imports():
+    assert not imported("common").keys() & LINES.keys()
+    assert imported("linear_probe").keys() & LINES.keys() == {"common"}
+
+
+# ---- copied into an empty folder
+
+VIT = "ViT(image_size=32, patch_size=8, dim=32, depth=2, num_heads=2)"
+LOOPS = {  # the model and the loss, as a user of torchvision writes them
+    "simclr": ("SimCLR(backbone, 512)", "loss = simclr_loss(*model(view1, view2), 0.5)"),
+    "moco": ("MoCo(backbone, 512, queue_size=8, bn_groups=2)",
+             "query, key = model(view1, view2)[0]; loss = moco_loss(query, key, model.queue, 0.2)"),
+    "byol": ("BYOL(backbone, 512, 64)", "loss = byol_loss(*model(view1, view2))"),
+    "simsiam": ("SimSiam(backbone, 512, 64)", "loss = simsiam_loss(*model(view1, view2))"),
+    "swav": ("SwAV(backbone, 512, num_prototypes=16)", "z, scores = model([view1, view2]);"
+             "loss = swav_loss(scores, [sinkhorn(s, 0.05, 3) for s in scores], 0.1)"),
+    "barlow": ("BarlowTwins(backbone, 512, 64)", "loss = barlow_loss(*model(view1, view2), 0.005)"),
+    "dino": (f"DINO({VIT}, 32, out_dim=16, hidden_dim=16)", "student, teacher = model("
+             "[view1, view2], []); loss = dino_loss(student, teacher, model.center, 0.1, 0.04)"),
+    "mae": (f"MAE({VIT}, decoder_dim=16, decoder_depth=1, num_heads=2)",
+            "prediction, mask = model(view1); loss = mae_loss(prediction, view1, mask, 8)"),
+    "rotation": ("RotNet(backbone, 512)", "rotated, labels = rotate_four(view1);"
+                 "loss = rotation_loss(model(rotated), labels)"),
+    "jigsaw": ("Jigsaw(backbone, 512, permutation_set(8, 9, seed=0), 16, 32)",
+               "order = torch.randint(8, (4,)); tiles = cut_tiles(view1, 3, 8);"
+               "tiles = normalize_tiles(shuffle(tiles, model.orders[order]));"
+               "loss = jigsaw_loss(model(tiles), order)"),
+}
+
+
+def in_folder(folder, method):
+    """Only what lies there can be imported, of the project."""
+    os.chdir(folder)
+    others = [path for path in sys.path if path not in ("", str(ROOT), f"{ROOT}/tests")]
+    sys.path[:] = [folder, *others]
+    return importlib.import_module(method)
+
+
+def own_loop(folder, method):
+    """Two steps -> losses, what of the project is imported, whether weights have changed."""
+    module = in_folder(folder, method)
+    backbone = torchvision.models.resnet18()
+    backbone.fc = nn.Identity()
+    make, loss_of = LOOPS[method]
+    names = vars(module) | {"backbone": backbone, "torch": torch}
+    names["model"] = model = eval(make, names)
+    view = v2.Compose([v2.ToImage(), v2.RandomResizedCrop(32), v2.ToDtype(torch.float32, scale=True)])
+    images = torchvision.datasets.FakeData(8, (3, 48, 48), transform=lambda x: (view(x), view(x)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    before, losses = [p.detach().clone() for p in model.parameters()], []
+    for (names["view1"], names["view2"]), _ in torch.utils.data.DataLoader(images, 4):
+        exec(loss_of, names)
+        optimizer.zero_grad()
+        names["loss"].backward()
+        optimizer.step()
+        losses.append(names["loss"].item())
+    changed = any((p != old).any().item() for p, old in zip(model.parameters(), before))
+    return losses, LINES.keys() & sys.modules.keys(), changed
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_file_alone_in_a_loop_of_ones_own(tmp_path, method):
+    shutil.copy(ROOT / f"{method}.py", tmp_path)
+    ((losses, files, changed),) = run_processes(1, own_loop, str(tmp_path), method)
+    assert len(losses) == 2 and torch.tensor(losses).isfinite().all() and changed
+    assert files == {method}
+
+
+def whole_run(folder, method, *flags):
+    module, common = in_folder(folder, method), importlib.import_module("common")
+    common.main(module.train, module.parse_args, flags)
+    return LINES.keys() & sys.modules.keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_file_beside_the_two_others_trains_to_its_report(tmp_path, method):
+    for name in method, "common", "linear_probe":
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    for seed, name in enumerate(("train/cat", "train/dog", "test/cat", "test/dog")):
+        write_images(tmp_path / "images" / name, 8, seed=seed)
+    flags = "--data images --recipe demo -b 8 --epochs 1 -j 0 --device cpu --out run".split()
+    (files,) = run_processes(1, whole_run, str(tmp_path), method, *flags)
+    assert files == {method, "common", "linear_probe"}
+    *_, last = map(json.loads, Path("run/log.jsonl").read_text().splitlines())
+    assert last["step"] == 2 and last["report"].keys() >= {"trained", "random", "pixels"}
+    layers = method in ("mae", "rotation", "jigsaw")
+    assert any(name.startswith("trained ") for name in last["report"]) == layers
+    written = {path.name for path in Path("run").iterdir()}
+    assert written >= {"backbone.pth", "checkpoint.pth", "log.jsonl", "views.png"}
