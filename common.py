@@ -490,74 +490,44 @@ def load_data(data, image_size, max_images=None, workers=0, device=torch.device(
 
 
 # ------------------------------------------------------------------------------ built-in images
-# For the demonstration: procedural, offline. The class is the pattern in relief on an object; tint,
-# brightness, contrast, scale, angle and outline say nothing about it, and light falls from above.
+# For the demonstration: procedural, offline. The class is the pattern of a relief; tint, contrast,
+# scale and angle say nothing about it, brightness little. Light falls from above, as from a sky.
 
-
-def alternate(v, even, odd):
-    """`even` and `odd` on alternate rows of the pattern, whose rows are 2π high in `v`; smooth."""
-    return even + (odd - even) * torch.sigmoid(6 * sin(v / 2))
-
-
-def saw(t):
-    return (sin(t) - sin(2 * t) / 2 + sin(3 * t) / 3) / 1.5
-
-
-RELIEFS = {  # height, about -1 to 1, at (u, v) or at polar (r, w), all in radians of the pattern
-    "waves": lambda u, v, r, w: sin(v + 1.6 * sin(u / 2)),
-    "ribs": lambda u, v, r, w: tanh(2 * sin(u)),
-    "zigzag": lambda u, v, r, w: tanh(2 * sin(v + 2.6 * torch.asin(0.98 * sin(u / 2.5)))),
-    "studs": lambda u, v, r, w: 2 * torch.exp(1.2 * (cos(u) + cos(v) - 2)) - 1,
-    "checks": lambda u, v, r, w: tanh(3 * sin(u / 2) * sin(v / 2)),
-    "bricks": lambda u, v, r, w: 1 - 2 * torch.maximum(
-        cos(v / 2) ** 16, alternate(v, sin(u / 4) ** 16, cos(u / 4) ** 16)),
-    "scales": lambda u, v, r, w: saw(
-        v + 2.5 * alternate(v, sin(u / 2).abs(), cos(u / 2).abs())),
-    "rings": lambda u, v, r, w: sin(r),
-    "rays": lambda u, v, r, w: tanh(2 * sin(w)),
-    "net": lambda u, v, r, w: 2 * torch.maximum(
-        cos((u + v) / 3.2) ** 8, cos((u - v) / 3.2) ** 8) - 1,
+PATTERNS = {  # height at (u, v), in radians of the pattern
+    "waves": lambda u, v: sin(v + 1.6 * sin(u / 2)),
+    "ribs": lambda u, v: sin(u),
+    "zigzag": lambda u, v: sin(v + 3 * torch.asin(0.98 * sin(u / 3))),
+    "studs": lambda u, v: torch.exp(1.5 * cos(u * 0.8) + 1.5 * cos(v * 0.8)),
+    "checks": lambda u, v: tanh(3 * sin(u / 2) * sin(v / 2)),
+    "rings": lambda u, v: sin(torch.hypot(u, v)),
+    "rays": lambda u, v: sin(9 * torch.atan2(v, u)),
+    "net": lambda u, v: cos((u + v) / 3) ** 8 + cos((u - v) / 3) ** 8,
+    "bricks": lambda u, v: -cos(v / 2) ** 16 - cos(u / 4 + 0.8 * tanh(6 * sin(v / 2))) ** 16,
+    "scales": lambda u, v: sin(v / 2 + 1.2 * sin(u / 2).abs()).abs(),
 }
 
 
 def builtin_set(name, count, seed):
-    """-> ImageSet of 32 x 32 pixels, decoded; the same anywhere to a grey level."""
-    generator = torch.Generator().manual_seed(seed)
-    names, labels = [f"{name}/{i}" for i in range(count)], torch.arange(count) % 10
-    pixels = torch.empty(count, 3, 32, 32, dtype=torch.uint8)
-    axis = torch.arange(33) / 16 - 1  # -1 to 1, downwards for y; one more than 32 for the slopes
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    for label, relief in enumerate(list(RELIEFS.values())[:count]):
-        rows = pixels[label::10]
+    """-> ImageSet of 32 x 32 pixels; the same anywhere to a grey level."""
+    names, generator = [f"{name}/{i}" for i in range(count)], torch.Generator().manual_seed(seed)
 
-        def draw(low, high, *channels):
-            shape = len(rows), *channels, 1, 1
-            return low + (high - low) * torch.rand(shape, generator=generator)
+    def draw(low, high, channels=1):
+        return low + (high - low) * torch.rand(count, channels, 1, 1, generator=generator)
 
-        a, b = (x - draw(-0.15, 0.15)) / draw(0.85, 1.1), (y - draw(-0.1, 0.2)) / draw(0.85, 1.1)
-        angle, wave = draw(-0.35, 0.35), 2 * math.pi / draw(0.28, 0.5)
-        bulge = wave * (1 + 0.25 * (a * a + b * b))
-        u = bulge * (x * angle.cos() + y * angle.sin()) + draw(0, 4 * math.pi)
-        v = bulge * (y * angle.cos() - x * angle.sin()) + draw(0, 4 * math.pi)
-        dx, dy = x - draw(-0.3, 0.3), y - draw(-0.3, 0.3)
-        r = wave / 0.75 * (dx * dx + dy * dy + 1e-4).sqrt() + draw(0, 2 * math.pi)
-        spokes = torch.randint(7, 12, (len(rows), 1, 1), generator=generator)
-        height = relief(u, v, r, spokes * torch.atan2(dy, dx) + draw(0, 2 * math.pi))
-        # What faces up is lit; the deviation is one, so that contrast does not give the class away.
-        down, across = height.diff(dim=1)[:, :, :-1], height.diff(dim=2)[:, :-1]
-        light = 0.6 * (down + draw(-0.7, 0.7) * across) + draw(0.1, 0.6) * height[:, :-1, :-1]
-        light = light / light.std((1, 2), keepdim=True)
-        a, b, up = a[:, :-1, :-1], b[:, :-1, :-1], -y[:-1, :-1]
-        front = draw(0.32, 0.66) - draw(0, 0.12) * b + draw(0.06, 0.13) * light
-        sky = torch.sigmoid(8 * (up + draw(-0.2, 0.6))) - 0.5
-        back = draw(0.25, 0.6) + draw(-0.15, 0.25) * sky + 0.1 * up
-        inside = torch.sigmoid(12 * (1 - a.abs() ** 3 - b.abs() ** 3))
-        front, back = (inside * front)[:, None], ((1 - inside) * back)[:, None]
-        colors = draw(0.96, 1.04, 3) * front + draw(0.96, 1.04, 3) * back
-        rows.copy_((255 * colors).round().clamp(0, 255))
-    pictures = [(to_pil_image(image), 0) for image in pixels]
-    source = [(pictures, i) for i in range(count)]
-    return ImageSet("drawn images", source, names, labels, [*RELIEFS])
+    axis, left, top = torch.arange(33) / 16 - 1, draw(-0.4, 0.4), draw(-0.4, 0.4)
+    x, y, angle, wave = axis - left, axis[:, None] - top, draw(-0.35, 0.35), draw(12, 19)
+    u, v = wave * (x * angle.cos() + y * angle.sin()), wave * (y * angle.cos() - x * angle.sin())
+    height = torch.empty_like(u)
+    for i, pattern in enumerate(PATTERNS.values()):
+        height[i::10] = pattern(u[i::10], v[i::10])
+    down, right = height.diff(dim=2)[..., 1:], height.diff(dim=3)[..., 1:, :]
+    light = 0.6 * (down + draw(-0.7, 0.7) * right) + draw(0.3, 0.8) * height[..., 1:, 1:]
+    light = light / light.std((2, 3), keepdim=True)  # so that contrast does not give the class away
+    grey = draw(0.3, 0.7) + draw(0.05, 0.14) * light - draw(-0.05, 0.2) * y[..., 1:, :]
+    pixels = (255 * draw(0.92, 1.08, 3) * grey).round().clamp(0, 255).byte()
+    images = [(to_pil_image(image), None) for image in pixels]
+    return ImageSet("drawn images", [(images, i) for i in range(count)], names,
+                    torch.arange(count) % 10, [*PATTERNS])
 
 
 # --------------------------------------------------------------------------------- augmentation

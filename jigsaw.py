@@ -242,7 +242,7 @@ def train(args):
     images, aspect = examples(train_set, device)
     puzzles, order = draw(images, aspect)
     shown = denormalize(puzzles)
-    unsolved = lay_out(shown, torch.arange(orders.shape[1]))
+    unsolved = lay_out(shown, torch.arange(orders.shape[1], device=device))
     solution = lay_out(shown, model.orders[order])
     if rank() == 0:
         save_picture(f"{args.out}/views.png", images / 255, unsolved, solution)

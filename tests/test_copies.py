@@ -46,7 +46,8 @@ def test_no_other_name_stands_in_several_files():
     assert not {name: [*SHARED[name]] for name in others}
 
 
-def test_the_optimizers_of_byol_and_simclr_have_the_same_groups():
+def test_barlow_has_the_augmentation_of_byol_and_byol_the_optimizer_of_simclr():
+    assert SHARED["augment"]["barlow.py"] == SHARED["augment"]["byol.py"]
     assert SHARED["make_optimizer"]["byol.py"] == SHARED["make_optimizer"]["simclr.py"]
 
 
