@@ -106,7 +106,8 @@ def parse(argv, flags, defaults, doc="", recipe=None):
     groups = {title: parser.add_argument_group(title) for title in ("data", "run", "method")}
     for name, (kind, _, _, text, *paper) in flags.items():
         if (default := defaults.get(name)) is not None and default is not False:
-            text += f"; default {default}" + f" (recipe {recipe})" * (name not in DEFAULTS)
+            text += f"; default {default}" + (f" (recipe {recipe})" if recipe and name not in DEFAULTS
+                                              else "")
         options = {"help": "; paper ".join([text, *paper]).replace("%", "%%"), "default": default}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -877,7 +878,8 @@ def save_picture(path, *columns):
     side = max(column.shape[-1] for column in columns)
     side *= -(-128 // side)
     rows = torch.stack([F.interpolate(c.float(), side, mode="nearest-exact") for c in columns], 1)
-    save_image(rows.flatten(0, 1), path, nrow=len(columns), padding=4, pad_value=1)
+    save_image(rows.flatten(0, 1), path, nrow=len(columns), padding=4, pad_value=1,
+               format="png")
 
 
 def save_views(args, images, device, *augments):

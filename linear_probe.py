@@ -57,8 +57,8 @@ def stage_features(network, stages, x):
 
 @torch.no_grad()
 def extract_features(network, images, indices, view, device, stages=("",)):
-    """-> features (N, C) float32 of each stage, and readable (N,) bool, in the order of `indices`.
-    Each of W processes encodes every W-th image as view(images, aspect), and has all in the end."""
+    """-> a list, for each stage, of features (N, C) float32 in the order of `indices`. Each of W
+    processes encodes every W-th image, as view(images, aspect), and has all in the end."""
     blank = torch.zeros(1, 3, images.side, images.side, dtype=torch.uint8, device=device)
     features = [torch.zeros(len(indices), z.shape[1], device=device)
                 for z in stage_features(network, stages, view(blank, torch.ones(1, device=device)))]
@@ -71,8 +71,7 @@ def extract_features(network, images, indices, view, device, stages=("",)):
                 z[rows.to(device)] = found.float()
     for z in features if world_size() > 1 else []:
         dist.all_reduce(z)  # in place: the features of a million images are gigabytes
-    unreadable = [float(i in images.unreadable) for i in indices.tolist()]  # to this process
-    return features, common.all_sum(torch.tensor(unreadable, device=device)) == 0
+    return features
 
 
 @torch.no_grad()
@@ -196,28 +195,29 @@ def evaluate(backbone, initial, train, test, image_size, device, labels=1.0, see
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         classes = [order[images.labels[order] == c] for c in range(len(images.classes))]
         rows = torch.cat([c[: max(1, round(fraction * len(c)))] for c in classes])
-        features, good = extract_features(network, images, rows, view, device, stages)
-        return features, good, images.labels[rows].to(device)[good]
+        features = extract_features(network, images, rows, view, device, stages)
+        return features, images.labels[rows].to(device)
 
     for kind, network in {"trained": backbone.eval(), "random": initial, "pixels": pixels}.items():
         if network is not backbone:
             calibrate_batch_norm(network.to(device), train, image_size, device, seed)
         stages = ["", *[name for name, _ in network.named_modules() if layers and re.fullmatch(
             r"layer\d|blocks\.\d+|encoder\.layers\.\w+", name)]]
-        (x, good, y), (test_x, test_good, test_y) = encode(train, labels), encode(test, 1.0)
-        for stage in stages:  # one after the other: the probe needs two copies
-            given = x.pop(0)[good], y, test_x.pop(0)[test_good], test_y
+        (x, y), (test_x, test_y) = encode(train, labels), encode(test, 1.0)
+        for stage in stages:  # one after the other: each needs the memory of the probe's copies
+            given = x.pop(0), y, test_x.pop(0), test_y
             if rank() == 0:
                 report[f"{kind} {stage}".strip()] = {"knn": knn(*given), **linear_probe(*given)}
     if rank() == 0:
         for name, row in report.items():
             print(f"kNN {row['knn']:5.1f}  linear probe {row['probe']:5.1f}  {name}")
         chance = 100 * test_y.bincount().max() / len(test_y)
-        print(f"Percent of {len(test_y):,} test images (chance {chance:.1f}), by frozen features: a vote"
-              f" of the\n200 nearest of {len(y):,} training images, and a linear classifier.")
+        print(f"Percent right of {len(test_y):,} test images (chance {chance:.1f}) on frozen"
+              f" features:\nthe nearest 200 of {len(y):,} training images; a linear classifier.")
     if stages := [name for name in report if name.startswith("trained ")]:
         best = max(stages, key=lambda name: max(report[name]["held_out"].values()))
-        print(f"best stage by held-out training images: {best}, {report[best]['probe']:.1f}")
+        print(f"best stage, by held-out training images: {best}, {report[best]['probe']:.1f}"
+              f" (random: {report[best.replace('trained', 'random')]['probe']:.1f})")
     return report
 
 
@@ -225,19 +225,18 @@ def save_features(backbone, sets, root, view, device, path):
     """One .npz: features (N, C), names, labels (-1: none), classes, in the order of the files."""
     rows = []
     for images in filter(None, sets):
-        (x,), good = extract_features(backbone, images, torch.arange(len(images)), view, device)
+        (x,) = extract_features(backbone, images, torch.arange(len(images)), view, device)
         names = [os.path.relpath(source, root) if isinstance(source, str) else name
                  for source, name in zip(images.source, images.names)]
-        rows += zip(names, good.tolist(), images.labels.tolist(), x.cpu().numpy())
-    if isinstance(sets[0].source[0], str):
+        rows += zip(names, images.labels.tolist(), x.cpu().numpy())
+    if isinstance(images.source[0], str):
         rows.sort(key=lambda row: row[0])
-    left_out = ", ".join(name for name, good, *_ in rows if not good) or "none"
-    names, _, labels, features = zip(*(row for row in rows if row[1]))
+    names, labels, features = zip(*rows)
     if rank() == 0:
         with common.writing(path), open(path, "wb") as file:
             np.savez(file, features=np.stack(features), names=names, labels=labels,
-                     classes=np.array(sets[0].classes, str))
-    say(f"{len(names):,} images in {path}; left out as unreadable: {left_out}")
+                     classes=np.array(images.classes, str))
+    say(f"{path}: {len(rows):,} images, {len(features[0])} features each")
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -364,11 +363,14 @@ FLAGS = {name: common.FLAGS[name] for name in ("data", "image_size", "max_images
 
 
 def parse_args(argv=None):
-    defaults = {"checkpoint": "runs/simclr/backbone.pth", "labels": 1.0, "seed": 0, "workers": 4}
+    defaults = common.DEFAULTS | {"checkpoint": "runs/simclr/backbone.pth", "labels": 1.0}
     return common.parse(argv, FLAGS, defaults, __doc__)
 
 
 def run(args):
+    for path in filter(None, (args.features, args.neighbours)):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            raise Failure(f"cannot write {path}: no such folder")  # at once, not after hours
     device = common.start(args.device, args.seed)
     backbone, initial, size = load_backbone(args.checkpoint, args.image_size, args.arch,
                                             args.stem_padding)
@@ -378,7 +380,7 @@ def run(args):
     if args.features:
         save_features(backbone, [train, test], args.data, view, device, args.features)
     elif args.neighbours:  # eight images, each followed by its seven nearest
-        x = F.normalize(extract_features(backbone, train, rows, view, device)[0][0], dim=1)
+        x = F.normalize(extract_features(backbone, train, rows, view, device)[0], dim=1)
         nearest = (x[:: -(-len(x) // 8)] @ x.T).topk(min(8, len(x))).indices.cpu()
         pictures = common.denormalize(view(*next(train.load([nearest.flatten()], device))))
         if rank() == 0:
@@ -386,12 +388,11 @@ def run(args):
     elif args.diagnostics:  # of two random crops of up to 2048 images
         def crop(images, aspect):
             return common.normalize(common.random_resized_crop(images, aspect, size, (0.2, 1.0)))
+        if len(train) < 2:
+            raise Failure("--diagnostics needs two images")
         rows = rows[:: -(-len(rows) // 2048)]
-        (z1,), good = extract_features(backbone, train, rows, crop, device)
-        (z2,), _ = extract_features(backbone, train, rows, crop, device)
-        if good.sum() < 2:
-            raise Failure("--diagnostics needs two images that can be read")
-        say(", ".join(f"{k} {v:.2f}" for k, v in diagnostics(z1[good], z2[good]).items()))
+        (z1,), (z2,) = (extract_features(backbone, train, rows, crop, device) for _ in range(2))
+        say(", ".join(f"{sign} {value:.2f}" for sign, value in diagnostics(z1, z2).items()))
     else:
         evaluate(backbone, initial, train, test, size, device, args.labels, args.seed, args.layers)
 

@@ -380,7 +380,7 @@ RECIPES = {
     "arch":            ("vit_micro", "vit_tiny", "vit_base"),
     "patch_size":      (4,           4,          16),
     "image_size":      (32,          32,         224),
-    "epochs":          (10,          800,        800),
+    "epochs":          (20,          800,        800),
     "warmup_epochs":   (1,           40,         40),
     "batch_size":      (64,          512,        1024),
     "lr":              (3e-3,        3e-4,       1.5e-4),

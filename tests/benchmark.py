@@ -1,5 +1,4 @@
-"""How fast the scripts are on a CPU, beside their peers and beside what it could do at most; and
-how well they learn, beside lightly.
+"""How fast the scripts are on a CPU, beside their peers and beside what it could do at most.
 
     python tests/benchmark.py COMMAND --data CIFAR --photos FOLDER
 
@@ -33,28 +32,27 @@ import platform
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from time import perf_counter as clock
-from timeit import repeat
+from timeit import repeat, timeit
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-CLASSES = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL", "simsiam": "SimSiam", "swav": "SwAV",
-           "barlow": "BarlowTwins", "dino": "DINO"}
-METHODS = [*CLASSES, "mae", "rotation", "jigsaw"]
+
+from beside_lightly import learning, peer_loop
+
+METHODS = "simclr moco byol simsiam swav barlow dino mae rotation jigsaw".split()
 CPU, CORES = torch.device("cpu"), os.cpu_count()
 
 # --------------------------------------------------------------------------- measuring and printing
@@ -129,8 +127,6 @@ def script(method, flags, batch=None, steps=None, processes=0):
                 process.terminate()
                 break
         found["end, s"] = clock() - begin
-    if "first step, s" not in found:
-        sys.exit(f"{' '.join(command)} ended with status {process.returncode}")
     if batch:
         lines = map(json.loads, Path(out, "log.jsonl").read_text().splitlines())
         seconds = {line["step"]: line["seconds"] for line in lines}
@@ -139,30 +135,26 @@ def script(method, flags, batch=None, steps=None, processes=0):
 
 
 class Done(Exception):
-    """Ends a run, out of the middle of its loop."""
+    """Ends a run in the middle of its loop."""
 
 
 def drive(method, flags, visit):
     """`method`.train with `flags`; its loop gets the items that visit(model, args, items) yields,
     then ends."""
     common, module = importlib.import_module("common"), importlib.import_module(method)
-    batches, parallel, models = common.batches, common.parallel, []
-
-    def wrapped(model, *options, **more):
-        models.append(model)
-        return parallel(model, *options, **more)
+    batches, parallel = common.batches, mock.Mock(side_effect=common.parallel)
 
     def visited(images, args, *rest):
-        yield from visit(models[0], args, batches(images, args, *rest))
+        yield from visit(parallel.call_args.args[0], args, batches(images, args, *rest))
         raise Done
 
-    with mock.patch.multiple(common, batches=visited, parallel=wrapped), suppress(Done), \
+    with mock.patch.multiple(common, batches=visited, parallel=parallel), suppress(Done), \
             redirect_stdout(None):
         module.train(module.parse_args([*flags, "--device", "cpu"]))
 
 
 def timed_steps(method, flags, rounds, count):
-    """-> [(seconds per step, of which in `augment`, GEMM rate) of each round], FLOP, batch size."""
+    """-> (seconds per step, of which in `augment`, GEMM rate) of each round; FLOP per step."""
     module, found, spent = importlib.import_module(method), [], 0.0
     augment, counter = module.augment, FlopCounterMode(display=False)
 
@@ -181,24 +173,21 @@ def timed_steps(method, flags, rounds, count):
             gemm, spent, begin = gemm_rate(), 0.0, clock()
             yield from itertools.islice(items, count)
             found.append(((clock() - begin) / count, spent / count, gemm))
-        found.append(args.batch_size)
 
     with mock.patch.object(module, "augment", timed):
         drive(method, flags, visit)
-    return found[:-1], counter.get_total_flops(), found[-1]
+    return found, counter.get_total_flops()
 
 
 # --------------------------------------------------------------------------------------- commands
 
 
 def some_images(folder, side, count):
-    """-> an ImageSet of about `count` images, not decoded, and their pixels and aspects."""
-    from common import find_sets
-
-    images = find_sets(folder)[0]
-    images = images.subset(list(range(0, len(images), max(1, len(images) // count))))
+    """-> an ImageSet, not decoded, and the pixels and aspects of `count` of its images."""
+    images = importlib.import_module("common").find_sets(folder)[0]
+    images = images.subset([i * len(images) // count for i in range(count)])
     images.side = side
-    return images, *next(images.load([list(range(len(images)))], CPU))
+    return images, *next(images.load([range(count)], CPU))
 
 
 def augmentation(args):
@@ -208,8 +197,9 @@ def augmentation(args):
 
     torch.set_num_threads(1)
     jitter, normal = (0.4, 0.4, 0.4, 0.1), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    cases = [(args.data, 32, 32, 64, 0.0), (args.data, 32, 32, 64, 0.5)]
-    for folder, size, side, n, blur in cases + [(args.photos, 224, 256, 6, 0.5)] * bool(args.photos):
+    cases = [(args.data, 32, 32, 64, blur) for blur in (0.0, 0.5)]
+    cases += [(args.photos, 224, 256, 6, 0.5)] * bool(args.photos)
+    for folder, size, side, n, blur in cases:
         images, pixels, aspect = some_images(folder, side, 8 * n)
         ours = partial(augment, image_size=size, crop_scale=0.08, jitter_strength=0.5, blur=blur)
         kernel = size // 10 | 1
@@ -238,8 +228,7 @@ def augmentation(args):
                 two(Image.open(images.source[i]).convert("RGB")) for i in rows]
 
         def rate(name):
-            parts = itertools.cycle(torch.arange(8 * n).remainder(len(images)).split(n))
-            views, begin = 0, clock()
+            parts, views, begin = itertools.cycle(torch.arange(8 * n).split(n)), 0, clock()
             while clock() < begin + args.seconds:
                 contestants[name](next(parts))
                 views += n * (2 if "files" in name else 1)
@@ -256,8 +245,8 @@ def augmentation(args):
 def deviations(data):
     import common
 
-    _, pixels, _ = some_images(data, 32, 256)
-    n, x, cases = len(pixels), pixels.float() / 255, {}
+    n, (_, pixels, _), cases = 256, some_images(data, 32, 256), {}
+    x = pixels / 255
     boxes = torch.cat([torch.randint(0, 16, (n, 2)), torch.randint(1, 17, (n, 2))], 1)
     for side in 32, 224:
         cases[f"resized_crop to {side}"] = common.resized_crop(pixels, boxes.float(), side), [
@@ -270,36 +259,9 @@ def deviations(data):
             getattr(TF, f"adjust_{name}")(*pair) for pair in zip(x, values.tolist())]
     cases["grayscale"] = common.random_grayscale(x, 1.0), TF.rgb_to_grayscale(x, 3)
     cases["solarize"] = common.random_solarize(x, 1.0), TF.solarize(x, 0.5)
-    for kernel, sigma in (3, 0.3), (9, 2.0):
-        cases[f"gaussian_blur {kernel}"] = (common.gaussian_blur(x, 1.0, kernel, (sigma, sigma)),
-                                            TF.gaussian_blur(x, [kernel] * 2, [sigma] * 2))
-    return [{"operation": name, "deviation": 255 * max((a - b).abs().max().item()
-                                                       for a, b in zip(*both))}
-            for name, both in cases.items()]
-
-
-def peer_loop(data, batch, workers, threads, steps):
-    """lightly's example of SimCLR on our network: images/s, after its first full queue."""
-    from common import make_backbone
-    from lightly.loss import NTXentLoss
-    from lightly.transforms import SimCLRTransform
-    from simclr import SimCLR
-
-    torch.set_num_threads(threads)
-    backbone = make_backbone("resnet8", 32)
-    model, warm, times = SimCLR(backbone, backbone.feature_dim), 8 + 2 * workers, []
-    transform = SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0)
-    loader = torch.utils.data.DataLoader(ImageFolder(Path(data, "train"), transform), batch, True,
-                                         num_workers=workers, drop_last=True)
-    criterion, optimizer = NTXentLoss(), torch.optim.SGD(model.parameters(), lr=0.06)
-    epochs = itertools.chain.from_iterable(itertools.repeat(loader))
-    for (view1, view2), _ in itertools.islice(epochs, warm + steps):
-        loss = criterion(*(model.projector(model.backbone(view)) for view in (view1, view2)))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        times.append(clock())
-    return batch * steps / (times[-1] - times[warm - 1])
+    cases["blur"] = common.gaussian_blur(x, 1.0, 9, (1.0, 1.0)), TF.gaussian_blur(x, 9, 1.0)
+    return [{"operation": name, "deviation": max((255 * (a - b)).abs().max().item() for a, b in
+                                                 zip(*case))} for name, case in cases.items()]
 
 
 def loop(args, batch=256):
@@ -316,75 +278,67 @@ def loop(args, batch=256):
 
 
 def step(args):
-    rows = []
+    rows, gemm = [], []
     for method in args.methods:
-        found, flop, batch = timed_steps(method, ["--epochs", "100"], args.rounds, args.steps)
-        seconds = median(whole for whole, _, _ in found)
-        rows.append({"method": method, "step, ms": 1e3 * seconds, "images/s": batch / seconds,
-                     "without augmentation": median(1 - a / s for s, a, _ in found),
+        found, flop = timed_steps(method, ["--epochs", "100"], args.rounds, args.steps)
+        rows.append({"method": method, "step, ms": 1e3 * median(s for s, _, _ in found),
+                     "without / step": median(1 - a / s for s, a, _ in found),
                      "GFLOP/step": flop / 1e9,
                      "share of GEMM": median(flop / s / g for s, _, g in found),
                      "share without": median(flop / (s - a) / g for s, a, g in found)})
-    show("Steps of the demo recipes; without augmentation: as a fraction of the step", rows)
+        gemm += [g for _, _, g in found]
+    show("Steps of the demo recipes, with and without augmentation", rows, gemm)
 
 
 def start(args):
     from simclr import RECIPES
 
-    imports, data = [sys.executable, "-c", "import torch, torchvision"], ["--data", args.data]
+    imports = [sys.executable, "-c", "import torch, torchvision"]
     figures, gemm = alternate({
-        "imports of torch and torchvision": lambda: {"first step, s": repeat(
-            lambda: subprocess.run(imports, check=True), number=1, repeat=1)[0]},
-        "to the first step, built-in images": lambda: script("simclr", [], steps=1),
-        "to the first step, --data": lambda: script("simclr", data, steps=1)}, args.rounds)
-    rows = [{"what": name, "seconds": median(f["first step, s"] for f in found),
-             "peak, MiB": found[0].get("peak, MiB", "")} for name, found in figures.items()]
+        "imports of torch and torchvision": partial(
+            timeit, partial(subprocess.run, imports, check=True), number=1),
+        "first step, built-in images": lambda: script("simclr", [], steps=1)["first step, s"],
+        "first step, --data": lambda: script("simclr", ["--data", args.data], steps=1)[
+            "first step, s"]}, args.rounds)
     steps = RECIPES["epochs"][0] * (5000 // RECIPES["batch_size"][0])
-    found, report = timed_steps("simclr", ["--epochs", "50"], 2, 20)[0], script("simclr", [])
-    rows += [{"what": "to the report, built-in images", "seconds": report["end, s"],
-              "peak, MiB": report.get("peak, MiB", "")},
-             {"what": "as many steps without augmentation",
-              "seconds": steps * median(s - a for s, a, _ in found)}]
-    show("Start of simclr.py", rows, gemm)
+    (found, _), report = timed_steps("simclr", ["--epochs", "50"], 2, 20), script("simclr", [])
+    show("Start of simclr.py", [
+        *({"to": name, "seconds": median(f)} for name, f in figures.items()),
+        {"to": "report, built-in images", "seconds": report["end, s"],
+         "peak, MiB": report.get("peak, MiB", "")},
+        {"to": "as many steps without augmentation",
+         "seconds": steps * median(s - a for s, a, _ in found)}], gemm)
 
 
 def evaluation(args):
-    """The usual protocol: a linear layer learns on crops that each epoch encodes anew."""
-    from common import (load_data, make_backbone, normalize, random_horizontal_flip,
-                        random_resized_crop)
+    """The usual protocol encodes crops anew in each of 100 epochs; one of them is measured."""
+    import common
     from linear_probe import centre_view, extract_features, knn, linear_probe, load_init
 
-    backbone, features, gemm = make_backbone("resnet8", 32), [], [gemm_rate()]
     out = script("simclr", ["--data", args.data, "--max-images", str(args.images)])["out"]
-    load_init(backbone.eval(), f"{out}/backbone.pth")
-    train, test = load_data(args.data, 32, args.images)
-    begin, view = clock(), partial(centre_view, image_size=32)
+    load_init(backbone := common.make_backbone("resnet8", 32).eval(), f"{out}/backbone.pth")
+    train, test = common.load_data(args.data, 32, args.images)
+    gemm, times, features, view = gemm_rate(), [clock()], [], partial(centre_view, image_size=32)
     for images in train, test:
         (x,), _ = extract_features(backbone, images, torch.arange(len(images)), view, CPU)
         features += [x, images.labels]
-    encoded, test_x = clock(), features[2].clone()  # the probe works in place
-    neighbours, voted = knn(*features), clock()
-    probe, ended = linear_probe(*features)["probe"], clock()
-    head = nn.Linear(backbone.feature_dim, len(train.classes))
-    optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
-    for epoch in range(args.epochs):
-        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - epoch / args.epochs)
-        order = torch.randperm(len(train)).split(256)
-        for rows, batch in zip(order, train.load(order, CPU)):
-            with torch.no_grad():
-                crops = random_horizontal_flip(random_resized_crop(*batch, 32, (0.08, 1.0)))
-                x = backbone(normalize(crops))
-            optimizer.zero_grad()
-            F.cross_entropy(head(x), train.labels[rows]).backward()
-            optimizer.step()
-    usual = (clock() - ended) * 100 / args.epochs
-    top1 = 100 * (head(test_x).argmax(1) == test.labels).float().mean().item()
+    times.append(clock())
+    top1 = [knn(*features)]
+    times.append(clock())
+    top1.append(linear_probe(*features)["probe"])
+    times.append(clock())
+    for batch in train.load(torch.randperm(len(train)).split(256), CPU):
+        crops = common.random_resized_crop(*batch, 32, (0.08, 1.0))
+        with torch.no_grad():
+            backbone(common.normalize(common.random_horizontal_flip(crops)))
+    encode, vote, probe = (end - begin for begin, end in itertools.pairwise(times))
+    usual = 100 * (clock() - times[-1])
     show(f"Evaluation, {len(train):,} training and {len(test):,} test images", [
-        {"what": "features, once", "seconds": encoded - begin},
-        {"what": "kNN", "seconds": voted - encoded, "top-1, %": neighbours},
-        {"what": "linear probe", "seconds": ended - voted, "top-1, %": probe},
-        {"what": "100 epochs that encode", "seconds": usual, "top-1, %": top1,
-         "it / the three": usual / (ended - begin)}], gemm + [gemm_rate()])
+        {"what": "features, once", "seconds": encode},
+        {"what": "kNN", "seconds": vote, "top-1, %": top1[0]},
+        {"what": "linear probe", "seconds": probe, "top-1, %": top1[1]},
+        {"what": "100 epochs that encode", "seconds": usual,
+         "it / these three": usual / (times[-1] - times[0])}], [gemm])
 
 
 def scaling(args):
@@ -393,45 +347,41 @@ def scaling(args):
     cases = [(f"{n} images", some + [str(n)], 64, 0) for n in (1000, 10000, 50000)]
     cases += [(f"batch {b}", some + ["10000"], b, 0) for b in (64, 128, 256, 512)]
     cases += [(f"{p} processes, batch 256", some + ["10000"], 256, p) for p in (1, 2)]
-    cases += [(f"{size} pixels", ["--data", args.photos, "--epochs", "1000", "--image-size",
-                                  str(size)], 64, 0) for size in (32, 64, 96) if args.photos]
+    cases += [(f"{size} pixels", some + ["10000", "--image-size", str(size)], 64, 0)
+              for size in (32, 64, 96)]
     rows, gemm = [], []
     for name, flags, batch, processes in cases:
         gemm.append(gemm_rate())
-        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": str(CORES // max(processes, 1))}):
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS=str(CORES // max(processes, 1))):
             found = script("simclr", flags, batch, args.steps, processes)
-        rows.append({"simclr.py with": name, **{key: found.get(key, "") for key in (
-            "first step, s", "images/s", "peak, MiB")}})
+        found = {key: found.get(key, "") for key in ("first step, s", "images/s", "peak, MiB")}
+        rows.append({"simclr.py with": name} | found)
     show("Scaling of simclr.py", rows, gemm)
 
 
-def traffic(method, flags, world=8):
-    """Bytes that one of `world` processes hands to collectives in a step. Gradients and buffers are
-    those of the model; BN's statistics, and what else is summed, are counted."""
-    counted = {"gradients": 0, "buffers": 0, "statistics": 0, "embeddings": 0, "images": 0}
+def traffic(method, flags):
+    """Bytes of one of eight processes that are summed in a step. Gradients and buffers are those
+    of the model; BN's statistics and the rest are counted."""
+    counted = {"gradients": 0, "buffers": 0, "statistics": 0, "gathered": 0, "images": 0}
     common = importlib.import_module("common")
 
-    def parallel(model, compile=False, sync_bn=True):
-        counted.update(buffers=sum(b.nbytes for b in model.buffers()), gradients=sum(
-            p.nbytes for p in model.parameters() if p.requires_grad))
-        for module in model.modules():
-            if sync_bn and isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.register_forward_pre_hook(statistics)
-        return model
-
     def statistics(norm, inputs):  # forward: mean, deviation, count; backward: two sums
-        numbers = 2 * norm.num_features + 1 + 2 * norm.num_features * torch.is_grad_enabled()
-        counted["statistics"] += 4 * numbers
+        counted["statistics"] += 4 + 8 * norm.num_features * (1 + torch.is_grad_enabled())
 
     def all_reduce(x):
-        counted["images" if x.dim() > 3 else "embeddings"] += x.nbytes
+        counted["images" if x.dim() > 3 else "gathered"] += x.nbytes
 
     def visit(model, args, items):
-        with mock.patch.object(common, "world_size", lambda: world), \
+        counted["gradients"] = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        counted["buffers"] = sum(b.nbytes for b in model.buffers())
+        for module in model.modules():
+            if method != "moco" and hasattr(module, "running_mean"):  # its version 2 syncs none
+                module.register_forward_pre_hook(statistics)
+        with mock.patch.object(common, "world_size", lambda: 8), \
                 mock.patch.object(torch.distributed, "all_reduce", all_reduce):
             yield next(items)
 
-    with mock.patch.multiple(common, parallel=parallel, log=lambda *a, **k: None):
+    with mock.patch.object(common, "log"):
         drive(method, flags, visit)
     return counted
 
@@ -445,35 +395,37 @@ def network(args):
         flags = "--recipe imagenet --max-images 64 -b".split()
         small, large = (traffic(method, flags + [b]) for b in ("16", "32"))
         sizes = {k: small[k] + (large[k] - small[k]) / 16 * (batch - 16) for k in small}
-        ring = 2 * 7 / 8 * (sum(sizes.values()) - sizes["buffers"]) + sizes["buffers"]
+        sent = (7 / 4 * sum(sizes.values()) - 3 / 4 * sizes["buffers"]) / 1e6
         rows.append({"method": method, "batch": batch} | {k: v / 1e6 for k, v in sizes.items()}
-                    | {"sent by a GPU": ring / 1e6, "ms at 100 GB/s": ring / 1e8})
+                    | {"sent by a GPU": sent, "ms at 100 GB/s": sent / 100})
     show("On paper: MB per step and process, imagenet recipes, 8 GPUs", rows)
 
 
-# --------------------------------------------------------------------------------------- learning
+# ---------------------------------------------------------------------------------------- command
 
-HEADS = {  # where our heads are, and lightly's
-    "simclr": {"projector": "SimCLRProjectionHead"},
-    "moco": {"online.1": "MoCoProjectionHead", "target.1": "MoCoProjectionHead"},
-    "byol": {"online.projector": "BYOLProjectionHead", "predictor": "BYOLPredictionHead",
-             "target.projector": "BYOLProjectionHead"},
-    "simsiam": {"projector": "SimSiamProjectionHead", "predictor": "SimSiamPredictionHead"},
-    "swav": {"projector": "SwaVProjectionHead", "prototypes": "SwaVPrototypes"},
-    "barlow": {"projector": "BarlowTwinsProjectionHead"},
-    "dino": {"student.head": "DINOProjectionHead", "teacher.head": "DINOProjectionHead"}}
+COMMANDS = {f.__name__: f for f in (augmentation, loop, step, start, evaluation, scaling, network,
+                                    learning)}
 
 
-def peer_head(name, ours):
-    """lightly's head, with the widths and weights of ours; a bias that ours lacks starts at 0."""
-    from lightly.models.modules import heads
+def main(argv=None):
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("command", choices=COMMANDS, metavar="COMMAND")
+    add("--data", metavar="CIFAR", type=os.path.abspath, help="CIFAR-10 as files in class folders")
+    add("--photos", metavar="FOLDER", type=os.path.abspath, help="full-size photographs")
+    add("--rounds", type=int, default=4, help="alternations; of learning: seeds (default 4)")
+    add("--seconds", type=float, default=1.5, help="of a pipeline in a round (default 1.5)")
+    add("--steps", type=int, default=40, help="of a round, a multiple of 5 above 5 (default 40)")
+    add("--images", type=int, default=10000, help="of evaluation and learning (default 10,000)")
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="of step, network, learning")
+    args = parser.parse_args(argv)
+    if not args.data and args.command not in ("step", "network"):
+        parser.error(f"{args.command} needs --data")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # it gets runs/
+        COMMANDS[args.command](args)
 
-    def layers(head):
-        return [m for m in head.modules() if getattr(m, "weight", None) is not None]
 
-    linear = [layer for layer in layers(ours) if isinstance(layer, nn.Linear)]
-    widths = [linear[0].in_features, *dict.fromkeys(layer.out_features for layer in linear)]
-    if name == "DINOProjectionHead":
-        theirs = heads.DINOProjectionHead(*widths, batch_norm=len(layers(ours)) > len(linear))
-    elif name in ("BarlowTwinsProjectionHead", "SimSiamProjectionHead", "SimCLRProjectionHead"
-        theirs = getattr(heads, name)(*widths[:2], *widths[-1:] * (len(widths) > 2))
+if __name__ == "__main__":
+    main()

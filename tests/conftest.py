@@ -1,5 +1,6 @@
 """What all tests share: one thread, a folder of their own, small image folders, processes."""
 
+import inspect
 import sys
 from pathlib import Path
 
@@ -46,3 +47,34 @@ def class_folders(tmp_path):
     for seed, (split, name) in enumerate((s, c) for s in ("train", "val") for c in ("cat", "dog")):
         write_images(tmp_path / "images" / split / name, 12 if split == "train" else 4, seed=seed)
     return tmp_path / "images"
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Runs end without an evaluation."""
+    import linear_probe  # here, since test_house.py looks at what a method file imports
+
+    monkeypatch.setattr(linear_probe, "evaluate", lambda *args, **kwargs: {})
+
+
+@pytest.fixture
+def operations(monkeypatch, no_report):
+    """What is done to views from here on: [(function of common.py, its arguments by name)]."""
+    import common
+
+    calls = []
+
+    def record(name):
+        function = getattr(common, name)
+
+        def recorded(x, *args, **kwargs):
+            given = inspect.signature(function).bind(x, *args, **kwargs).arguments.items()
+            calls.append((name, {k: v for k, v in given if not isinstance(v, torch.Tensor)}))
+            return function(x, *args, **kwargs)
+
+        monkeypatch.setattr(common, name, recorded)
+
+    for name in ("random_resized_crop", "random_horizontal_flip", "color_jitter", "gaussian_blur",
+                 "random_grayscale", "random_solarize", "normalize"):
+        record(name)
+    return calls

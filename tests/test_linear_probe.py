@@ -32,13 +32,12 @@ class Images:
 
     side = 16
 
-    def __init__(self, labels, unreadable=(), by_class=False, seed=0):
+    def __init__(self, labels, by_class=False, seed=0):
         self.labels, self.classes = torch.tensor(labels), [*range(max(labels) + 1)]
         value = self.labels * 60 + 30 if by_class else torch.arange(len(labels))
         noise = torch.randint(20, (len(labels), 3, 16, 16),
                               generator=torch.Generator().manual_seed(seed))
         self.pixels = (value[:, None, None, None] + noise * by_class).to(torch.uint8)
-        self.unreadable = dict.fromkeys(unreadable, "a reason")
 
     def __len__(self):
         return len(self.labels)
@@ -155,22 +154,18 @@ def test_diagnostics_of_the_uniform_sphere():
 
 @pytest.mark.parametrize("count", [1, 7, 256, 300])
 def test_features_are_in_order(count):
-    images = Images([0] * count, unreadable=[2])
+    images = Images([0] * count)
     images.pixels = images.pixels % 100
-    (x,), readable = extract_features(nn.Identity(), images, torch.arange(count), brightness, CPU)
+    (x,) = extract_features(nn.Identity(), images, torch.arange(count), brightness, CPU)
     assert torch.equal(x, images.pixels[:, :, 0, 0].float())
-    assert readable.tolist() == [i != 2 for i in range(count)]
     rows = torch.tensor([5, 1, 3]) % count
-    (x,), _ = extract_features(nn.Identity(), images, rows, brightness, CPU)
+    (x,) = extract_features(nn.Identity(), images, rows, brightness, CPU)
     assert x[:, 0].tolist() == rows.tolist()
 
 
 def features_of(count):
-    """Each process finds out by itself what is unreadable among its own images."""
-    unreadable = [count - 1] if (count - 1) % common.world_size() == common.rank() else []
-    (x,), good = extract_features(nn.Identity(), Images([0] * count, unreadable),
-                                  torch.arange(count), brightness, CPU)
-    return x.tolist(), good.tolist()
+    images, rows = Images([0] * count), torch.arange(count)
+    return extract_features(nn.Identity(), images, rows, brightness, CPU)[0].tolist()
 
 
 @pytest.mark.parametrize("count", [1, 7])
@@ -212,17 +207,17 @@ def test_stages():
 
 
 def test_report(capsys):
-    train, test = (Images([0, 1, 2] * 12 + [-1], [3], by_class=True, seed=s) for s in (0, 1))
+    train, test = (Images([0, 1, 2] * 12 + [-1], by_class=True, seed=s) for s in (0, 1))
     networks = [common.make_backbone("resnet8", 16) for _ in range(2)]
     plain = evaluate(*networks, train, test, 16, CPU)
     report = evaluate(*networks, train, test, 16, CPU, layers=True)
     stages = [f"{kind} layer{i}" for kind in ("trained", "random") for i in (1, 2, 3)]
-    assert {*report} == {"trained", "random", "pixels", *stages} and {*plain} == {*report} - {*stages}
+    assert {*report} == {*plain, *stages} and {*plain} == {"trained", "random", "pixels"}
     assert all(report[name] == row and row["knn"] > 60 and row["probe"] > 60
                for name, row in plain.items())
     assert report["trained layer3"] == report["trained"]
     printed = capsys.readouterr().out
-    assert "of 35 test images (chance 34.3)" in printed and "of 35 training images" in printed
+    assert "of 36 test images (chance 33.3)" in printed and "of 36 training images" in printed
     best = re.search(r"best stage by held-out training images: (.+), ", printed)[1]
     top1 = {name: max(report[name]["held_out"].values()) for name in stages[:3]}
     assert top1[best] == max(top1.values())
@@ -291,8 +286,8 @@ LAYOUTS = {  # -> what is named as not used
     "solo-learn": (lambda w: {"epoch": 3, "state_dict": {
         **other("momentum_backbone."), **under("backbone.", w), "classifier.weight": HEAD}},
         "classifier, momentum_backbone"),
-    "ours": (lambda w: {"method": "simclr", "recipe": "demo", "args": {"image_size": 96},
-                        "model": {**under("backbone.", w), "projector.0.weight": HEAD}}, "projector"),
+    "ours": (lambda w: {"recipe": "demo", "args": {"image_size": 96}, "model": {
+        **under("backbone.", w), "projector.0.weight": HEAD}}, "projector"),
     "ours, byol": (lambda w: {"recipe": "demo", "args": {"image_size": 96}, "model": {
         **other("target.backbone."), **under("online.backbone.", w)}}, "target"),
     "ours, dino": (lambda w: {"recipe": "demo", "args": {"image_size": 96}, "model": {
@@ -320,10 +315,10 @@ def test_a_resnet_of_every_layout_gives_torchvisions_features(layout, tmp_path, 
 
 def test_bottlenecks_widths_and_stems_are_read_from_the_weights(tmp_path, capsys):
     path, images = tmp_path / "file.pth", torch.randn(1, 3, 64, 64)
-    torch.save(reference(Bottleneck).state_dict(), path)
+    torch.save((deep := reference(Bottleneck)).state_dict(), path)
     with torch.no_grad():
         found = load_backbone(path)[0].eval()
-        torch.testing.assert_close(found(images), torchvision_features(reference(Bottleneck), images))
+        torch.testing.assert_close(found(images), torchvision_features(deep, images))
         for ours in (common.make_backbone("resnet8", 32), common.make_backbone("resnet8x2", 32),
                      common.ResNet(BasicBlock, (2, 1, 1, 2), 0.5, "cifar")):
             torch.save(ours.state_dict(), path)
@@ -332,7 +327,8 @@ def test_bottlenecks_widths_and_stems_are_read_from_the_weights(tmp_path, capsys
             torch.testing.assert_close(found.eval()(images), ours.eval()(images))
             assert "assuming stride" in capsys.readouterr().out
         ours.conv1.padding = 2, 2  # solo-learn's for CIFAR
-        torch.save({"pytorch-lightning_version": "2", "state_dict": under("backbone.", ours.state_dict())},
+        weights = under("backbone.", ours.state_dict())
+        torch.save({"pytorch-lightning_version": "2", "state_dict": weights},
                    tmp_path / "lightning.pth")
         for found in load_backbone(tmp_path / "lightning.pth"), load_backbone(path, stem_padding=2):
             torch.testing.assert_close(found[0].eval()(images), ours(images))
@@ -347,8 +343,8 @@ def rename(weights, old, new):
     (lambda w: {n: v for n, v in w.items() if n != "layer3.0.bn2.weight"}, "layer3.0.bn2.weight"),
     (lambda w: {n: v for n, v in w.items() if n != "bn1.running_var"}, "bn1.running_var"),
     (lambda w: rename(w, "conv1.weight", "conv1.0.weight"), "lacking 'conv1.weight'"),
-    (lambda w: rename(w, "layer1.0.conv1.weight", "stage1.0.conv1.weight"), "no weights of a ResNet"),
-    (lambda w: w | {"layer2.0.conv2.weight": torch.zeros(128, 4, 3, 3)}, "size mismatch"),  # ResNeXt
+    (lambda w: rename(w, "layer1.0.conv1.weight", "stage1.0.conv1.weight"), "no weights"),
+    (lambda w: w | {"layer2.0.conv2.weight": torch.zeros(128, 4, 3, 3)}, "size mismatch"),
     (lambda w: w | {"layer2.0.se.fc1.weight": HEAD}, "Unexpected key.*layer2.0.se.fc1"),
     (lambda w: w | {"fc_norm.weight": HEAD}, "Unexpected key.*fc_norm"),
     (lambda w: w | {"conv1.weight": torch.zeros(64, 1, 7, 7)}, "size mismatch"),
@@ -370,7 +366,7 @@ def test_a_pickled_network_is_named_with_the_way_out(tmp_path):
     for path, content in ("text.pth", b"hello"), ("none.pth", None):
         if content:
             (tmp_path / path).write_bytes(content)
-        with pytest.raises(common.Failure, match=f"{path} is missing, damaged"):
+        with pytest.raises(common.Failure, match=f"{path}"):
             load_backbone(tmp_path / path)
 
 
@@ -445,7 +441,7 @@ def test_names_pass(tmp_path):
                 for n, t in names.items()}  # names in torchvision's files
     for same in names, released:
         close(load_backbone(saved(same, tmp_path / "b.pth"))[0](x), vit(x), 0)
-    load_init(fresh := load_backbone(tmp_path / "a.pth")[1], tmp_path / "a.pth")  # into torchvision's
+    load_init(fresh := load_backbone(tmp_path / "a.pth")[1], tmp_path / "a.pth")
     assert same_weights(fresh, vit)
     load_init(timm := dino.ViT(*SHAPES[0]), tmp_path / "a.pth")  # into timm's
     assert same_weights(timm, theirs)
@@ -458,10 +454,11 @@ def test_another_image_size(size, tmp_path):
     grid = weights["pos_embed"][:, 1:].unflatten(1, (8, 8)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, (size // 4,) * 2, mode="bicubic", align_corners=True).flatten(2).mT
     theirs = dino.ViT(size, *SHAPES[0][1:]).eval()
-    theirs.load_state_dict(weights | {"pos_embed": torch.cat([weights["pos_embed"][:, :1], grid], 1)})
+    weights["pos_embed"] = torch.cat([weights["pos_embed"][:, :1], grid], 1)
+    theirs.load_state_dict(weights)
     close(vit.eval()(x), theirs(x))
     assert found == size
-    with pytest.raises(common.Failure, match=f"--image-size {size + 2} is no multiple of its 4-pixel"):
+    with pytest.raises(common.Failure, match=f"--image-size {size + 2} is no multiple"):
         load_backbone(tmp_path / "file.pth", size + 2)
 
 
@@ -534,7 +531,7 @@ def test_features_of_all_images_in_the_order_of_files(layout, class_folders, com
     files = sorted(str(file.relative_to(root)) for file in root.rglob("*.png"))
     if layout != "one":
         files.remove(str(broken.relative_to(root)))
-        assert str(broken.relative_to(root)) in out[-1]
+        assert any(broken.name in line and "unreadable" in line for line in out)
     assert saved["names"].tolist() == files and saved["features"].shape == (len(files), 128)
     labels = [["cat", "dog"].index(file.split("/")[-2]) if "/" in file else -1 for file in files]
     assert saved["labels"].tolist() == labels
@@ -547,8 +544,8 @@ def test_features_of_all_images_in_the_order_of_files(layout, class_folders, com
 
 
 @pytest.mark.parametrize("flags", [["--labels", "nan"], ["--labels", "0"], ["--image-size", "0"],
-                                   ["--max-images", "inf"], ["--stem-padding", "3"], ["--arch", "x"],
-                                   ["--device", "abacus"], ["--unknown", "1"]])
+                                   ["--max-images", "inf"], ["--stem-padding", "3"],
+                                   ["--arch", "x"], ["--device", "abacus"], ["--unknown", "1"]])
 def test_wrong_arguments_exit_2(flags, command):
     status, out, err = command(*flags)
     assert status == 2 and not out and len(err) == 1 and flags[0] in err[0]
@@ -556,8 +553,10 @@ def test_wrong_arguments_exit_2(flags, command):
 
 def test_what_cannot_be_read_or_written_exits_1(class_folders, tmp_path, command):
     write_images(tmp_path / "one", 1)
-    for flags, named in ((["--checkpoint", "none.pth"], "none.pth"), (["--data", "nowhere"], "nowhere"),
+    for flags, named in ((["--checkpoint", "none.pth"], "none.pth"),
+                         (["--data", "nowhere"], "nowhere"),
                          (["--data", class_folders, "--features", tmp_path], "cannot write"),
+                         (["--neighbours", tmp_path / "no" / "n.png"], "no such folder"),
                          (["--data", tmp_path / "one", "--diagnostics"], "two images")):
         status, _, err = command(*flags)
         assert status == 1 and len(err) == 1 and named in err[0]

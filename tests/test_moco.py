@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import common
 import moco
-from moco import MoCo, ema_update, moco_loss, moco_v3_loss, positive_accuracy
+from moco import MoCo, ema_update, moco_loss, moco_v3_loss, positive_found
 
 
 def unit(*shape):
@@ -36,8 +37,13 @@ def test_losses_and_gradients_equal_slow_versions(temperature):
         torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
         gradients = [torch.autograd.grad(loss, query)[0] for loss in (fast, slow)]
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda q, k: moco_loss(q, k, queue, temperature),
-                                    (query, key.requires_grad_()))
+    assert torch.autograd.gradcheck(lambda q: moco_loss(q, key, queue, temperature), query)
+
+
+def test_keys_are_constants_in_the_losses():
+    vectors = [unit(5, 7).requires_grad_() for _ in range(3)]
+    (moco_loss(*vectors, 0.2) + moco_v3_loss(*vectors[:2], 0.2)).backward()
+    assert [v.grad is not None for v in vectors] == [True, False, False]
 
 
 def test_losses_at_chance_and_at_extremes():
@@ -59,11 +65,11 @@ def test_gradient_of_v3_hardly_depends_on_the_temperature():
     assert slopes[0].item() == pytest.approx(slopes[1].item(), rel=0.05)
 
 
-def test_positive_accuracy():
+def test_positive_found():
     z = torch.eye(8)
-    assert positive_accuracy(z, z, z[:0]) == 1
-    assert positive_accuracy(z, z.roll(1, 0), z[:0]) == 0
-    assert positive_accuracy(z, 0.9 * z, z[:4]) == 0.5
+    assert positive_found(z, z, z[:0]) == 1
+    assert positive_found(z, z.roll(1, 0), z[:0]) == 0
+    assert positive_found(z, 0.9 * z, z[:4]) == 0.5
 
 
 # ---- the queue
@@ -199,7 +205,7 @@ def test_groups_are_set_in_v1_and_v2_and_stay_in_the_copy():
 
 
 @pytest.fixture
-def two_calls(monkeypatch, class_folders):
+def two_calls(monkeypatch, no_report, class_folders):
     """two_calls(*flags) -> what `train` called in two steps of 12 images, with the arguments."""
     calls = []
 
@@ -214,27 +220,28 @@ def two_calls(monkeypatch, class_folders):
         monkeypatch.setattr(owner, name, watched)
 
     def start(*flags):
-        args = moco.parse_args([*"--data images --recipe demo -b 12 --epochs 1 -j 0".split(), *flags])
+        shared = "--data images --recipe demo -b 12 --epochs 1 -j 0".split()
+        args = moco.parse_args([*shared, *flags])
         watch(moco, "ema_update")
         watch(MoCo, "forward")
         watch(moco, "moco_loss")
         watch(moco, "moco_v3_loss")
+        watch(moco, "positive_found")
         watch(MoCo, "enqueue")
         moco.train(args)
         return calls
 
-    monkeypatch.setattr(common.Run, "finish", lambda run: None)
     return start
 
 
 def test_order_of_a_step(two_calls):
-    """The average moves ahead of the keys, and the queue changes after the loss."""
+    """The average moves ahead of the keys, and the queue changes after loss and health number."""
     calls = two_calls()
     names = [name for name, _ in calls]
-    assert names == ["ema_update", "forward", "moco_loss", "enqueue"] * 2
-    first_keys, queue = calls[3][1][1], calls[6][1][2]
+    assert names == ["ema_update", "forward", "moco_loss", "positive_found", "enqueue"] * 2
+    first_keys, queue = calls[4][1][1], calls[7][1][2]
     assert torch.equal(queue[: len(first_keys)], first_keys)  # the second loss sees the first keys
-    assert not torch.equal(calls[2][1][2][: len(first_keys)], first_keys)
+    assert not torch.equal(calls[3][1][2][: len(first_keys)], first_keys)
 
 
 def test_keys_are_shuffled_between_bn_groups_and_back(two_calls, monkeypatch):
@@ -244,7 +251,7 @@ def test_keys_are_shuffled_between_bn_groups_and_back(two_calls, monkeypatch):
         return [(query + 0 * sum(p.sum() for p in self.online.parameters()), key)]
 
     monkeypatch.setattr(MoCo, "forward", colors)
-    monkeypatch.setattr(moco, "make_augment", lambda *a: common.Augment([common.Normalize()]))
+    monkeypatch.setattr(moco, "augment", lambda images, *a, **k: common.normalize(images / 255))
     calls = two_calls("--proj-dim", "3")
     view1, view2 = (v.mean((2, 3)) for v in calls[1][1][1:])
     assert (view1 - view2).abs().max() > 0.1
@@ -252,13 +259,13 @@ def test_keys_are_shuffled_between_bn_groups_and_back(two_calls, monkeypatch):
     assert sorted(rows.tolist()) == list(range(12)) and rows.tolist() != list(range(12))
     query, key, *_ = calls[2][1]
     torch.testing.assert_close(query, key)
-    torch.testing.assert_close(calls[3][1][1], key)
+    torch.testing.assert_close(calls[4][1][1], key)
 
 
 def test_v3_has_both_directions_and_no_queue(two_calls):
     calls = two_calls("--version", "3")
     assert [name for name, _ in calls] == ["ema_update", "forward", "moco_v3_loss",
-                                           "moco_v3_loss"] * 2
+                                           "moco_v3_loss", "positive_found"] * 2
     momenta = [arguments[2] for name, arguments in calls if name == "ema_update"]
     assert momenta[0] == 0.9 and momenta[1] == pytest.approx(0.95)  # to 1 on a cosine
 
@@ -271,32 +278,62 @@ def test_average_is_constant_in_v2(two_calls):
 # ---- v3 with a ViT
 
 
-def test_vit_of_v3():
-    """Fixed sine positions, frozen patch embedding, Xavier's bounds for q, k and v apart."""
-    pytest.importorskip("dino")
+FROZEN = {"encoder.pos_embedding", "conv_proj.weight", "conv_proj.bias"}
+
+
+def test_start_of_the_vit():
+    """Fixed sine positions, Xavier's bounds for q, k and v apart, all biases 0."""
     vit = moco.make_vit("vit_micro", 32)
-    frozen = {name for name, p in vit.named_parameters() if not p.requires_grad}
-    assert frozen == {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
-    place, quarter = vit.pos_embed[0, 1 + 8 * 3 + 5], vit.feature_dim // 4  # row 3, column 5
-    omega = 10000 ** -(torch.arange(quarter) / quarter)
+    assert vit(torch.randn(2, 3, 32, 32)).shape == (2, 128) and vit.feature_dim == 128
+    place = vit.encoder.pos_embedding[0, 1 + 8 * 3 + 5]  # row 3, column 5
+    omega = 10000 ** -(torch.arange(32) / 32)
     expected = torch.cat([(5 * omega).sin(), (5 * omega).cos(), (3 * omega).sin(),
                           (3 * omega).cos()])
     torch.testing.assert_close(place, expected)
-    assert not vit.pos_embed[0, 0].any()
-    bounds = {"attn.qkv": math.sqrt(6 / (128 + 128)), "mlp.fc1": math.sqrt(6 / (128 + 512))}
-    for name, bound in bounds.items():
-        weight = vit.blocks[0].get_submodule(name).weight
-        assert 0.98 * bound < weight.abs().max() <= bound
-    assert all(not m.bias.any() for m in vit.modules() if isinstance(m, nn.Linear))
-    assert moco.VITS["vit_small"] == (384, 12, 12)  # 12 heads
+    assert not vit.encoder.pos_embedding[0, 0].any()
+    assert 0.7e-6 < vit.class_token.std() < 1.3e-6
+    for name, p in vit.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any()
+        elif p.dim() in (2, 4):
+            for q in p.chunk(3 if "in_proj" in name else 1):  # uniform
+                bound = math.sqrt(6 / (len(q) + q[0].numel()))
+                assert 0.98 * bound < q.abs().max() <= bound
+                assert abs(q.std() / bound * 3**0.5 - 1) < 0.02 and abs(q.mean()) < bound / 20
 
 
-def test_vit_trains(two_calls):
-    pytest.importorskip("dino")
-    calls = two_calls("--arch", "vit_micro")
-    model = calls[1][1][0]
+@pytest.mark.parametrize("arch, image_size, tokens, heads", [
+    ("vit_micro", 32, 65, 2), ("vit_small", 64, 257, 12), ("vit_small", 96, 37, 12)])
+def test_shape_of_the_vit(arch, image_size, tokens, heads):
+    vit = moco.make_vit(arch, image_size)
+    assert vit.encoder.pos_embedding.shape[1] == tokens
+    assert vit.encoder.layers[0].num_heads == heads
+    blocks = [vit.get_submodule(stage) for stage in vit.stages]
+    assert blocks == list(vit.encoder.layers)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_positions_and_patch_projection_do_not_move(name):
+    vit = moco.make_vit("vit_micro", 32)
+    model = MoCo(vit, vit.feature_dim, 3, 16, hidden_dim=32, vit=True)
+    optimizer = moco.make_optimizer(name, model, 0.1)
+    before = {n: p.clone() for n, p in vit.named_parameters()}
+    sum(moco_v3_loss(*pair, 0.2) for pair in model(*torch.randn(2, 16, 3, 32, 32))).backward()
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0
+    optimizer.step()
+    assert {n for n, p in vit.named_parameters() if torch.equal(p, before[n])} == FROZEN
+
+
+def test_vit_trains_and_resume_alone_continues_it_as_v3(two_calls):
+    first = two_calls("--arch", "vit_micro", "--out", "run")
+    model = first[1][1][0]
     assert model.version == 3 and isinstance(model.predictor[-1], nn.BatchNorm1d)
     assert len(model.online[1]) == 8  # three layers
+    args = moco.parse_args(["--resume", "--out", "run"])
+    assert (args.version, args.arch, args.optimizer) == (3, "vit_micro", "adamw")
+    assert args.weight_decay == 0.1 and args.temperature == 0.2 and args.batch_size == 12
+    moco.train(args)  # nothing is left to do
 
 
 # ---- optimizers, schedules, augmentations, recipes
@@ -315,27 +352,35 @@ def test_optimizers_decay_what_the_official_ones_do():
     assert len(weights["params"]) + len(others["params"]) == len(trained)
 
 
-def test_augmentations_are_those_of_the_papers():
-    def names(*arguments):
-        return {type(o).__name__: o for o in moco.make_augment(*arguments).operations}
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_augmentations_are_those_of_the_papers(version, operations, class_folders):
+    """The views of v3 differ in blur and solarisation."""
+    moco.train(moco.parse_args(
+        "--data images --recipe imagenet -a resnet8 --image-size 96 --queue-size 8 --hidden-dim 8 "
+        f"--version {version} -b 8 --epochs 0".split()))
 
-    v1, v2, v3 = (names(v, 224, 0.2, 0.5, 0.2) for v in (1, 2, 3))
-    assert list(v1) == ["RandomResizedCrop", "RandomGrayscale", "ColorJitter",
-                        "RandomHorizontalFlip", "Normalize"]
-    assert list(v2) == list(v3) == ["RandomResizedCrop", "ColorJitter", "RandomGrayscale",
-                                    "GaussianBlur", "RandomSolarize", "RandomHorizontalFlip",
-                                    "Normalize"]
-    jitters = [v["ColorJitter"] for v in (v1, v2, v3)]
-    assert [(j.brightness, j.contrast, j.saturation, j.hue, j.p) for j in jitters] == [
-        (0.4, 0.4, 0.4, 0.4, 1.0), (0.4, 0.4, 0.4, 0.1, 0.8), (0.4, 0.4, 0.2, 0.1, 0.8)]
-    assert all(v["RandomResizedCrop"].scale == (0.2, 1) for v in (v1, v2, v3))
-    assert all(v["RandomResizedCrop"].interpolation == "bilinear" for v in (v1, v2, v3))
+    def jitter(*strengths, p):
+        names = "brightness", "contrast", "saturation", "hue"
+        return "color_jitter", dict(zip(names, strengths)) | {"p": p}
+
+    def view(blur, solarize):
+        colors = [jitter(0.4, 0.4, 0.4 if version == 2 else 0.2, 0.1, p=0.8),
+                  ("random_grayscale", {"p": 0.2}),
+                  ("gaussian_blur", {"p": blur, "sigma": (0.1, 2.0)}),
+                  ("random_solarize", {"p": solarize})]
+        if version == 1:
+            colors = [("random_grayscale", {"p": 0.2}), jitter(0.4, 0.4, 0.4, 0.4, p=1.0)]
+        return [("random_resized_crop", {"size": 96, "scale": (0.2, 1.0)}), *colors,  # bilinear
+                ("random_horizontal_flip", {"p": 0.5}), ("normalize", {})]
+
+    blurs = (1.0, 0.1) if version == 3 else (0.5, 0.5)
+    assert operations == view(blurs[0], 0.0) + view(blurs[1], 0.2 if version == 3 else 0.0)
 
 
 @pytest.mark.parametrize("flags, version, table", [
     ([], 2, {}), (["--version", "1"], 1, moco.V1), (["--version=3"], 3, moco.V3),
     (["--arch", "vit_small"], 3, moco.V3 | moco.VIT)])
-def test_recipes_have_a_flag_for_each_key(flags, version, table):
+def test_version_and_network_choose_the_recipe(flags, version, table):
     table = moco.RECIPES | table
     assert all(len(row) == 3 for row in table.values()) and table.keys() == moco.RECIPES.keys()
     for i, recipe in enumerate(("demo", "cifar", "imagenet")):
@@ -347,7 +392,9 @@ def test_recipes_have_a_flag_for_each_key(flags, version, table):
 
 
 @pytest.mark.parametrize("flags", [["--version", "4"], ["--version", "x"], ["--bn-groups", "0"],
-                                   ["--queue-size", "0"], ["--arch", "vit_tall"]])
+                                   ["--queue-size", "0"], ["--arch", "vit_tall"], ["--version"],
+                                   ["--image-size", "30", "-a", "vit_micro"],  # patches of 4
+                                   ["--image-size", "72", "-a", "vit_small"]])  # of 16
 def test_wrong_flags(flags, capsys):
     with pytest.raises(SystemExit) as end:
         moco.parse_args(flags)
@@ -356,11 +403,12 @@ def test_wrong_flags(flags, capsys):
 
 def test_bn_groups_are_a_multiple_of_the_processes(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    moco.parse_args(["--bn-groups", "6", "-b", "12"])
+    args = moco.parse_args(["--bn-groups", "6", "-b", "12", "--out", "run"])
     moco.parse_args(["--version", "3", "-b", "12"])
-    moco.parse_args(["--resume"])  # its groups and batch are in the checkpoint
-    with pytest.raises(SystemExit):
-        moco.parse_args(["-b", "12"])
-    with pytest.raises(SystemExit):
-        moco.parse_args(["--resume", "--bn-groups", "4"])
-    assert capsys.readouterr().err.count("--bn-groups") == 2
+    Path("run").mkdir()
+    common.save_file("run/checkpoint.pth", {"method": "moco", "args": vars(args)})
+    assert moco.parse_args(["--resume", "--out", "run"]).bn_groups == 6
+    for flags in ["-b", "12"], ["--resume", "--out", "run", "--bn-groups", "4"]:
+        with pytest.raises(SystemExit):
+            moco.parse_args(flags)
+        assert "--bn-groups" in capsys.readouterr().err

@@ -89,52 +89,46 @@ def test_everything_is_decayed_and_each_parameter_is_in_one_group():
     assert len(encoder["params"]) + len(predictor["params"]) == len([*model.parameters()])
 
 
-def rates(monkeypatch, flags):
-    """-> the learning rates of encoder and predictor in each step of the whole of `train`."""
+@pytest.fixture
+def rates(monkeypatch, no_report, class_folders):
+    """rates(flags) -> those of encoder and predictor in each step of the whole of `train`."""
     seen, step = [], torch.optim.SGD.step
 
     def recorded_step(self, *arguments):
         seen.append([group["lr"] for group in self.param_groups])
         return step(self, *arguments)
 
+    def run(flags):
+        flags = f"--data images --recipe demo --max-images 12 -b 4 --lr 64 -j 0 {flags}"
+        simsiam.train(simsiam.parse_args(flags.split()))
+        return map(list, zip(*seen))
+
     monkeypatch.setattr(torch.optim.SGD, "step", recorded_step)
-    monkeypatch.setattr(common.Run, "finish", lambda run: None)
-    simsiam.train(simsiam.parse_args(f"--max-images 12 -b 4 --lr 64 -j 0 {flags}".split()))
-    return map(list, zip(*seen))
+    return run
 
 
-def test_rate_falls_once_per_epoch_and_the_predictors_not_at_all(monkeypatch):
-    encoder, predictor = rates(monkeypatch, "--epochs 3 --warmup-epochs 0")
+def test_rate_falls_once_per_epoch_and_the_predictors_not_at_all(rates):
+    encoder, predictor = rates("--epochs 3 --warmup-epochs 0")
     assert predictor == [1.0] * 9
     cosines = [(1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in range(3)]
     assert encoder == pytest.approx([c for c in cosines for _ in range(3)])
 
 
-def test_warm_up_on_request_goes_by_steps(monkeypatch):
-    encoder, predictor = rates(monkeypatch, "--epochs 2 --warmup-epochs 0.67")
+def test_warm_up_on_request_goes_by_steps(rates):
+    encoder, predictor = rates("--epochs 2 --warmup-epochs 0.67")
     assert encoder == pytest.approx([0.5, 1, 1, *[(1 + math.cos(math.pi / 4)) / 2] * 3])
     assert predictor == [1.0] * 6
 
 
-def test_augmentation_is_that_of_the_official_code():
-    args = simsiam.parse_args(["--recipe", "imagenet"])
-    operations = simsiam.make_augment(args.image_size, args.crop_scale, args.jitter_strength,
-                                      args.blur).operations
-    assert operations[:-1] == [
-        common.RandomResizedCrop(224, (0.2, 1.0)), common.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
-        common.RandomGrayscale(0.2), common.GaussianBlur(0.5, (0.1, 2.0)),
-        common.RandomHorizontalFlip(0.5)]
-    assert isinstance(operations[-1], common.Normalize)
-
-
-def test_recipes_have_a_flag_for_each_key():
-    args = simsiam.parse_args([])
-    assert set(simsiam.RECIPES) <= set(vars(args))
-    assert all(len(row) == 3 for row in simsiam.RECIPES.values())
-    for i, recipe in enumerate(("demo", "cifar", "imagenet")):
-        args = simsiam.parse_args(["--recipe", recipe])
-        assert {k: getattr(args, k) for k in simsiam.RECIPES} == {
-            k: row[i] for k, row in simsiam.RECIPES.items()}
+def test_augmentation_is_that_of_the_official_code(operations, class_folders):
+    simsiam.train(simsiam.parse_args("--data images --recipe imagenet -a resnet8 --image-size 96 "
+                                     "--proj-dim 8 --pred-dim 4 -b 8 --epochs 0".split()))
+    view = [("random_resized_crop", {"size": 96, "scale": (0.2, 1.0)}),  # bilinear
+            ("color_jitter", {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1,
+                              "p": 0.8}),
+            ("random_grayscale", {"p": 0.2}), ("gaussian_blur", {"p": 0.5, "sigma": (0.1, 2.0)}),
+            ("random_horizontal_flip", {"p": 0.5}), ("normalize", {})]
+    assert operations == 2 * view
 
 
 # ---- collapse, and what prevents it
