@@ -181,9 +181,8 @@ def diagnostics(z1, z2):
 
 
 def evaluate(backbone, initial, train, test, image_size, device, labels=1.0, seed=0, layers=False):
-    """Prints and returns {name: accuracies} of frozen networks: "trained", `initial` ("random": it
-    untrained), "pixels"; with `layers` also of each stage ("trained layer1"). labels: the fraction
-    of each class's training labels that is used. Only the first process has it all."""
+    """Prints and returns {name: accuracies} of "trained", "random" (`initial`), "pixels"; of each
+    stage, too, with `layers` ("trained layer1"); in the first process. labels: fraction to use."""
     if test is None or (train.labels >= 0).sum() < 2:
         say("Nothing to evaluate on: try linear_probe.py --neighbours, or --data of class folders.")
         return {}
