@@ -106,8 +106,8 @@ def parse(argv, flags, defaults, doc="", recipe=None):
     groups = {title: parser.add_argument_group(title) for title in ("data", "run", "method")}
     for name, (kind, _, _, text, *paper) in flags.items():
         if (default := defaults.get(name)) is not None and default is not False:
-            text += f"; default {default}" + (f" (recipe {recipe})" if recipe and name not in DEFAULTS
-                                              else "")
+            text += f"; default {default}"
+            text += f" (recipe {recipe})" if recipe and name not in DEFAULTS else ""
         options = {"help": "; paper ".join([text, *paper]).replace("%", "%%"), "default": default}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction

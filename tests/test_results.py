@@ -183,7 +183,8 @@ def test_rewrite_changes_only_what_is_between_markers(tmp_path):
 
 
 @pytest.mark.parametrize("name, module, attribute", [
-    ("simsiam-no-stop-gradient", "simsiam", "simsiam_loss"), ("swav-no-sinkhorn", "swav", "sinkhorn")])
+    ("simsiam-no-stop-gradient", "simsiam", "simsiam_loss"),
+    ("swav-no-sinkhorn", "swav", "sinkhorn")])
 def test_ablations_change_what_they_say(name, module, attribute, monkeypatch):
     module = importlib.import_module(module)
     whole = getattr(module, attribute)
@@ -202,9 +203,9 @@ def test_ablations_change_what_they_say(name, module, attribute, monkeypatch):
 
 
 def test_a_run_is_made_kept_and_not_repeated(tmp_path, class_folders, monkeypatch):
-    monkeypatch.setitem(measure.RUNS, "demo", [
-        ("simclr-0", f"simclr.py --data {class_folders} --recipe demo --epochs 1 -b 8 -j 0 --seed 0"),
-        ("simclr-1", "simclr.py --data nowhere --seed 1")])
+    flags = f"--data {class_folders} --recipe demo --epochs 1 -b 8 -j 0"
+    monkeypatch.setitem(measure.RUNS, "demo", [("simclr-0", f"simclr.py {flags} --seed 0"),
+                                               ("simclr-1", "simclr.py --data nowhere --seed 1")])
     args = measure.parse_args(["demo", "--jobs", "2", "--results", str(tmp_path / "kept")])
     assert measure.measure(args) == 1  # the second failed
     assert [folder.name for folder in (tmp_path / "kept").iterdir()] == ["simclr-0"]
