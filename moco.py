@@ -352,7 +352,7 @@ def train(args):
         if v3:
             loss = sum(moco_v3_loss(query, key, args.temperature) for query, key in pairs)
         else:
-            key = key[order.argsort()]  # as the queries
+            key = key[order.argsort()]  # in the queries' order
             loss = moco_loss(query, key, model.queue, args.temperature)
         optimizer.zero_grad()
         loss.backward()
@@ -427,7 +427,7 @@ FLAGS = {  # type, lowest, highest, help, the papers' value
     "bn_groups": (int, 1, 10**4, "v1, v2: parts of the total batch, each with BN of its own", "8"),
     "hidden_dim": (int, 1, 10**5, "v3: width of projector and predictor", "4096"),
     "proj_dim": (int, 1, 10**5, "length of query and key", "128, v3 256"),
-    "crop_scale": (float, 1e-3, 1, "smallest crop, as a fraction of the image's area", "0.2; 0.08"),
+    "crop_scale": (float, 1e-3, 1, "smallest crop, as a fraction of the image", "0.2, ViT 0.08"),
     "blur1": (float, 0, 1, "fraction of views 1 that are blurred", "v2 0.5, v3 1"),
     "blur2": (float, 0, 1, "fraction of views 2 that are blurred", "v2 0.5, v3 0.1"),
     "solarize2": (float, 0, 1, "fraction of views 2 that are solarised", "v3 0.2"),

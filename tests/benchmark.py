@@ -91,7 +91,7 @@ def show(title, rows, gemm=()):
 
 
 def cell(value):
-    """A number with two significant digits at least; nothing for 0, which is not known."""
+    """A number with two significant digits at least."""
     if not isinstance(value, float):
         return str(value)
     digits = 2 - math.floor(math.log10(abs(value) or 1))
@@ -115,12 +115,12 @@ def script(method, flags, batch=None, steps=None, processes=0):
     command = [sys.executable, *torchrun * bool(processes), str(ROOT / f"{method}.py"), *flags]
     command += ["--device", "cpu", "--out", out := tempfile.mkdtemp(dir=".")]
     command += ["-b", str(batch)] * bool(batch) + ["-p", "5"] * bool(steps)
-    begin, found = clock(), {"out": out}
+    begin, found = clock(), {"out": out, "memory": {}}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             with suppress(OSError, IndexError):  # not ru_maxrss, which starts at the parent's
                 status = Path(f"/proc/{process.pid}/status").read_text()
-                found["peak, MiB"] = int(status.partition("VmHWM:")[2].split()[0]) / 1024
+                found["memory"]["peak, MiB"] = int(status.split("VmHWM:")[1].split()[0]) / 1024
             if "step 1/" in line:
                 found["first step, s"] = clock() - begin
             if steps and f"step {steps}/" in line:
@@ -139,13 +139,12 @@ class Done(Exception):
 
 
 def drive(method, flags, visit):
-    """`method`.train with `flags`; its loop gets the items that visit(model, args, items) yields,
-    then ends."""
+    """`method`.train with `flags`; its loop gets what visit(model, items) yields, then ends."""
     common, module = importlib.import_module("common"), importlib.import_module(method)
     batches, parallel = common.batches, mock.Mock(side_effect=common.parallel)
 
-    def visited(images, args, *rest):
-        yield from visit(parallel.call_args.args[0], args, batches(images, args, *rest))
+    def visited(*arguments):
+        yield from visit(parallel.call_args.args[0], batches(*arguments))
         raise Done
 
     with mock.patch.multiple(common, batches=visited, parallel=parallel), suppress(Done), \
@@ -165,7 +164,7 @@ def timed_steps(method, flags, rounds, count):
         spent += clock()
         return views
 
-    def visit(model, args, items):
+    def visit(model, items):
         nonlocal spent
         with counter:
             yield next(items)
@@ -197,9 +196,9 @@ def augmentation(args):
 
     torch.set_num_threads(1)
     jitter, normal = (0.4, 0.4, 0.4, 0.1), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    cases = [(args.data, 32, 32, 64, blur) for blur in (0.0, 0.5)]
-    cases += [(args.photos, 224, 256, 6, 0.5)] * bool(args.photos)
-    for folder, size, side, n, blur in cases:
+    small, large = (args.data, 32, 32, 64), (args.photos, 224, 256, 6)
+    for *case, blur in [(*small, 0.0), (*small, 0.5)] + [(*large, 0.5)] * bool(args.photos):
+        folder, size, side, n = case
         images, pixels, aspect = some_images(folder, side, 8 * n)
         ours = partial(augment, image_size=size, crop_scale=0.08, jitter_strength=0.5, blur=blur)
         kernel = size // 10 | 1
@@ -272,9 +271,8 @@ def loop(args, batch=256):
             peer_loop, args.data, batch, workers, threads, args.steps)
     figures, gemm = alternate(contestants, args.rounds)
     show(f"Training loop, resnet8, batch {batch}, images/s", [
-        {"loop": name, "median": median(f), "rounds": ", ".join(f"{v:,.0f}" for v in f),
-         "ours / it": median(figures["simclr.py"]) / median(f)} for name, f in figures.items()],
-        gemm)
+        {"loop": name, "median": median(f), "best": max(f),
+         "ours / it": median(figures["simclr.py"]) / median(f)} for name, f in figures.items()], gemm)
 
 
 def step(args):
@@ -302,12 +300,11 @@ def start(args):
             "first step, s"]}, args.rounds)
     steps = RECIPES["epochs"][0] * (5000 // RECIPES["batch_size"][0])
     (found, _), report = timed_steps("simclr", ["--epochs", "50"], 2, 20), script("simclr", [])
+    bare = steps * median(s - a for s, a, _ in found)
     show("Start of simclr.py", [
         *({"to": name, "seconds": median(f)} for name, f in figures.items()),
-        {"to": "report, built-in images", "seconds": report["end, s"],
-         "peak, MiB": report.get("peak, MiB", "")},
-        {"to": "as many steps without augmentation",
-         "seconds": steps * median(s - a for s, a, _ in found)}], gemm)
+        {"to": "report, built-in images", "seconds": report["end, s"], **report["memory"]},
+        {"to": "as many steps without augmentation", "seconds": bare}], gemm)
 
 
 def evaluation(args):
@@ -325,7 +322,7 @@ def evaluation(args):
     times.append(clock())
     top1 = [knn(*features)]
     times.append(clock())
-    top1.append(linear_probe(*features)["probe"])
+    top1 += [linear_probe(*features)["probe"]]
     times.append(clock())
     for batch in train.load(torch.randperm(len(train)).split(256), CPU):
         crops = common.random_resized_crop(*batch, 32, (0.08, 1.0))
@@ -351,17 +348,16 @@ def scaling(args):
               for size in (32, 64, 96)]
     rows, gemm = [], []
     for name, flags, batch, processes in cases:
-        gemm.append(gemm_rate())
+        gemm += [gemm_rate()]
         with mock.patch.dict(os.environ, OMP_NUM_THREADS=str(CORES // max(processes, 1))):
             found = script("simclr", flags, batch, args.steps, processes)
-        found = {key: found.get(key, "") for key in ("first step, s", "images/s", "peak, MiB")}
-        rows.append({"simclr.py with": name} | found)
+        rows.append({"simclr.py with": name, "first step, s": found["first step, s"],
+                     "images/s": found["images/s"], **found["memory"]})
     show("Scaling of simclr.py", rows, gemm)
 
 
 def traffic(method, flags):
-    """Bytes of one of eight processes that are summed in a step. Gradients and buffers are those
-    of the model; BN's statistics and the rest are counted."""
+    """-> bytes of one of eight processes that are summed in a step, by kind."""
     counted = {"gradients": 0, "buffers": 0, "statistics": 0, "gathered": 0, "images": 0}
     common = importlib.import_module("common")
 
@@ -371,7 +367,7 @@ def traffic(method, flags):
     def all_reduce(x):
         counted["images" if x.dim() > 3 else "gathered"] += x.nbytes
 
-    def visit(model, args, items):
+    def visit(model, items):
         counted["gradients"] = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         counted["buffers"] = sum(b.nbytes for b in model.buffers())
         for module in model.modules():
@@ -408,8 +404,7 @@ COMMANDS = {f.__name__: f for f in (augmentation, loop, step, start, evaluation,
 
 
 def main(argv=None):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(usage=__doc__)
     add = parser.add_argument
     add("command", choices=COMMANDS, metavar="COMMAND")
     add("--data", metavar="CIFAR", type=os.path.abspath, help="CIFAR-10 as files in class folders")

@@ -1,5 +1,5 @@
-"""What benchmark.py runs of lightly, beside which it measures: lightly's example of a training loop,
-and lightly's losses and heads in our scripts."""
+"""What benchmark.py runs of lightly to measure beside it: its example of a training loop, and its
+losses and heads in our scripts."""
 
 import importlib
 import itertools
@@ -125,14 +125,14 @@ def lightly_in(method, its_passes=True):
 
 
 def gradients(method, flags):
-    """The largest difference of lightly's gradient of the backbone in the first step from ours, over
+    """The largest difference of the backbone's gradient in the first step by lightly from ours, over
     the largest value in ours, in float64: with our passes, and with lightly's."""
     from benchmark import drive
     from common import ResNet
 
     found = []
 
-    def visit(model, args, items):
+    def visit(model, items):
         yield next(items)
         backbone = next(m for m in model.modules() if isinstance(m, ResNet))
         found.append([p.grad for p in backbone.parameters()])
