@@ -16,14 +16,12 @@ full-size photographs. Commands:
 
 A shared machine's speed varies by factors within seconds, so only ratios mean anything. Contestants
 alternate, in an order that reverses from round to round; each figure is the median of the rounds,
-and the matrix product (GEMM) that was timed beside each round shows how steady the machine was.
-What takes minutes is measured once: scaling, evaluation and start's report.
+and the matrix product (GEMM) timed beside each round shows how steady the machine was. Scaling,
+evaluation and start's report are measured once.
 Nothing is installed: a row whose peer is missing is left out, and a line says how to get it.
 """
 
 import argparse
-import importlib.metadata
-import importlib.util
 import itertools
 import json
 import math
@@ -34,10 +32,10 @@ import sys
 import tempfile
 from contextlib import redirect_stdout, suppress
 from functools import partial
+from importlib import import_module, metadata, util
 from pathlib import Path
 from statistics import median
-from time import perf_counter as clock
-from timeit import repeat, timeit
+from timeit import default_timer as clock, repeat, timeit
 from unittest import mock
 
 import torch
@@ -79,8 +77,8 @@ def show(title, rows, gemm=()):
     cpu = platform.processor() or platform.machine()
     with suppress(OSError, IndexError):
         cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in
-                ("torch", "lightly", "kornia") if importlib.util.find_spec(name)]
+    versions = [f"{name} {metadata.version(name)}" for name in
+                ("torch", "lightly", "kornia") if util.find_spec(name)]
     print(f"\n**{title}** · {cpu}, {CORES} cores,", ", ".join(versions))
     if gemm:
         print("GEMM beside the rounds, GFLOP/s:", ", ".join(f"{g / 1e9:,.0f}" for g in gemm))
@@ -100,7 +98,7 @@ def cell(value):
 
 def has(package):
     """Whether a peer is installed; says how to get it."""
-    if not (found := importlib.util.find_spec(package)):
+    if not (found := util.find_spec(package)):
         print(f"{package} is left out; to have it, pip install {package}")
     return bool(found)
 
@@ -140,7 +138,7 @@ class Done(Exception):
 
 def drive(method, flags, visit):
     """`method`.train with `flags`; its loop gets what visit(model, items) yields, then ends."""
-    common, module = importlib.import_module("common"), importlib.import_module(method)
+    common, module = import_module("common"), import_module(method)
     batches, parallel = common.batches, mock.Mock(side_effect=common.parallel)
 
     def visited(*arguments):
@@ -153,8 +151,8 @@ def drive(method, flags, visit):
 
 
 def timed_steps(method, flags, rounds, count):
-    """-> (seconds per step, of which in `augment`, GEMM rate) of each round; FLOP per step."""
-    module, found, spent = importlib.import_module(method), [], 0.0
+    """-> (seconds per step, without `augment`, GEMM rate) of each round; FLOP per step."""
+    module, found, spent = import_module(method), [], 0.0
     augment, counter = module.augment, FlopCounterMode(display=False)
 
     def timed(*inputs, **options):
@@ -171,7 +169,8 @@ def timed_steps(method, flags, rounds, count):
         for _ in range(rounds):
             gemm, spent, begin = gemm_rate(), 0.0, clock()
             yield from itertools.islice(items, count)
-            found.append(((clock() - begin) / count, spent / count, gemm))
+            seconds = clock() - begin
+            found.append((seconds / count, (seconds - spent) / count, gemm))
 
     with mock.patch.object(module, "augment", timed):
         drive(method, flags, visit)
@@ -183,7 +182,7 @@ def timed_steps(method, flags, rounds, count):
 
 def some_images(folder, side, count):
     """-> an ImageSet, not decoded, and the pixels and aspects of `count` of its images."""
-    images = importlib.import_module("common").find_sets(folder)[0]
+    images = import_module("common").find_sets(folder)[0]
     images = images.subset([i * len(images) // count for i in range(count)])
     images.side = side
     return images, *next(images.load([range(count)], CPU))
@@ -228,7 +227,7 @@ def augmentation(args):
 
         def rate(name):
             parts, views, begin = itertools.cycle(torch.arange(8 * n).split(n)), 0, clock()
-            while clock() < begin + args.seconds:
+            while clock() < begin + 1.5:
                 contestants[name](next(parts))
                 views += n * (2 if "files" in name else 1)
             return views / (clock() - begin)
@@ -247,9 +246,8 @@ def deviations(data):
     n, (_, pixels, _), cases = 256, some_images(data, 32, 256), {}
     x = pixels / 255
     boxes = torch.cat([torch.randint(0, 16, (n, 2)), torch.randint(1, 17, (n, 2))], 1)
-    for side in 32, 224:
-        cases[f"resized_crop to {side}"] = common.resized_crop(pixels, boxes.float(), side), [
-            TF.resized_crop(i, *box, [side, side]) for i, box in zip(x, boxes.tolist())]
+    cases["resized_crop"] = common.resized_crop(pixels, boxes.float(), 224), [
+        TF.resized_crop(i, *box, [224, 224]) for i, box in zip(x, boxes.tolist())]
     for i, name in enumerate(("brightness", "contrast", "saturation", "hue")):
         torch.manual_seed(i)
         values = (i < 3) + 0.5 * common.uniform(n, 4, device=CPU, low=-1.0)[:, i]
@@ -270,9 +268,10 @@ def loop(args, batch=256):
         contestants[f"lightly, {workers} workers, {threads} threads"] = partial(
             peer_loop, args.data, batch, workers, threads, args.steps)
     figures, gemm = alternate(contestants, args.rounds)
+    best = median(figures["simclr.py"])
     show(f"Training loop, resnet8, batch {batch}, images/s", [
         {"loop": name, "median": median(f), "best": max(f),
-         "ours / it": median(figures["simclr.py"]) / median(f)} for name, f in figures.items()], gemm)
+         "ours / it": best / median(f)} for name, f in figures.items()], gemm)
 
 
 def step(args):
@@ -280,10 +279,9 @@ def step(args):
     for method in args.methods:
         found, flop = timed_steps(method, ["--epochs", "100"], args.rounds, args.steps)
         rows.append({"method": method, "step, ms": 1e3 * median(s for s, _, _ in found),
-                     "without / step": median(1 - a / s for s, a, _ in found),
-                     "GFLOP/step": flop / 1e9,
+                     "without / step": median(bare / s for s, bare, _ in found),
                      "share of GEMM": median(flop / s / g for s, _, g in found),
-                     "share without": median(flop / (s - a) / g for s, a, g in found)})
+                     "share without": median(flop / bare / g for _, bare, g in found)})
         gemm += [g for _, _, g in found]
     show("Steps of the demo recipes, with and without augmentation", rows, gemm)
 
@@ -291,16 +289,17 @@ def step(args):
 def start(args):
     from simclr import RECIPES
 
+    def first(*flags):
+        return script("simclr", flags, steps=1)["first step, s"]
+
     imports = [sys.executable, "-c", "import torch, torchvision"]
     figures, gemm = alternate({
-        "imports of torch and torchvision": partial(
-            timeit, partial(subprocess.run, imports, check=True), number=1),
-        "first step, built-in images": lambda: script("simclr", [], steps=1)["first step, s"],
-        "first step, --data": lambda: script("simclr", ["--data", args.data], steps=1)[
-            "first step, s"]}, args.rounds)
+        "imports": lambda: timeit(lambda: subprocess.run(imports, check=True), number=1),
+        "first step, built-in images": first,
+        "first step, --data": lambda: first("--data", args.data)}, args.rounds)
     steps = RECIPES["epochs"][0] * (5000 // RECIPES["batch_size"][0])
     (found, _), report = timed_steps("simclr", ["--epochs", "50"], 2, 20), script("simclr", [])
-    bare = steps * median(s - a for s, a, _ in found)
+    bare = steps * median(bare for _, bare, _ in found)
     show("Start of simclr.py", [
         *({"to": name, "seconds": median(f)} for name, f in figures.items()),
         {"to": "report, built-in images", "seconds": report["end, s"], **report["memory"]},
@@ -339,13 +338,11 @@ def evaluation(args):
 
 
 def scaling(args):
-    """Rows of a group differ in one thing. Without processes, the script has all cores."""
     some = ["--data", args.data, "--epochs", "100", "--max-images"]
     cases = [(f"{n} images", some + [str(n)], 64, 0) for n in (1000, 10000, 50000)]
     cases += [(f"batch {b}", some + ["10000"], b, 0) for b in (64, 128, 256, 512)]
     cases += [(f"{p} processes, batch 256", some + ["10000"], 256, p) for p in (1, 2)]
-    cases += [(f"{size} pixels", some + ["10000", "--image-size", str(size)], 64, 0)
-              for size in (32, 64, 96)]
+    cases += [(f"{s} pixels", some + ["10000", "--image-size", str(s)], 64, 0) for s in (32, 64, 96)]
     rows, gemm = [], []
     for name, flags, batch, processes in cases:
         gemm += [gemm_rate()]
@@ -359,7 +356,7 @@ def scaling(args):
 def traffic(method, flags):
     """-> bytes of one of eight processes that are summed in a step, by kind."""
     counted = {"gradients": 0, "buffers": 0, "statistics": 0, "gathered": 0, "images": 0}
-    common = importlib.import_module("common")
+    common = import_module("common")
 
     def statistics(norm, inputs):  # forward: mean, deviation, count; backward: two sums
         counted["statistics"] += 4 + 8 * norm.num_features * (1 + torch.is_grad_enabled())
@@ -383,11 +380,10 @@ def traffic(method, flags):
 
 
 def network(args):
-    """Each kind is linear in the batch, so two small batches give it for the recipe's. A ring sends
-    what is summed almost twice."""
+    """Linear in the batch: two small ones give the recipe's. A ring sends sums almost twice."""
     rows = []
     for method in args.methods:
-        batch = importlib.import_module(method).RECIPES["batch_size"][2]
+        batch = import_module(method).RECIPES["batch_size"][2]
         flags = "--recipe imagenet --max-images 64 -b".split()
         small, large = (traffic(method, flags + [b]) for b in ("16", "32"))
         sizes = {k: small[k] + (large[k] - small[k]) / 16 * (batch - 16) for k in small}
@@ -397,20 +393,18 @@ def network(args):
     show("On paper: MB per step and process, imagenet recipes, 8 GPUs", rows)
 
 
-# ---------------------------------------------------------------------------------------- command
-
 COMMANDS = {f.__name__: f for f in (augmentation, loop, step, start, evaluation, scaling, network,
                                     learning)}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(usage=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("command", choices=COMMANDS, metavar="COMMAND")
     add("--data", metavar="CIFAR", type=os.path.abspath, help="CIFAR-10 as files in class folders")
     add("--photos", metavar="FOLDER", type=os.path.abspath, help="full-size photographs")
     add("--rounds", type=int, default=4, help="alternations; of learning: seeds (default 4)")
-    add("--seconds", type=float, default=1.5, help="of a pipeline in a round (default 1.5)")
     add("--steps", type=int, default=40, help="of a round, a multiple of 5 above 5 (default 40)")
     add("--images", type=int, default=10000, help="of evaluation and learning (default 10,000)")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="of step, network, learning")

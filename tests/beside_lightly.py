@@ -125,8 +125,8 @@ def lightly_in(method, its_passes=True):
 
 
 def gradients(method, flags):
-    """The largest difference of the backbone's gradient in the first step by lightly from ours, over
-    the largest value in ours, in float64: with our passes, and with lightly's."""
+    """The largest difference of lightly's gradient of the backbone from ours, in the first step and
+    in float64, over the largest value in ours: with our passes, and with lightly's."""
     from benchmark import drive
     from common import ResNet
 

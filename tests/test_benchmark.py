@@ -1,15 +1,13 @@
 """The machinery of benchmark.py; nothing here asserts a time."""
 
-import json
-
+import beside_lightly
 import benchmark
 import pytest
-import torch
 
 import common
 from rotation import RotNet
 
-TINY = "--recipe demo --max-images 64 --epochs 100 --device cpu -b".split()
+TINY = "--recipe demo --max-images 64 --epochs 100 -b".split()
 
 
 def test_every_command_is_explained(capsys):
@@ -20,52 +18,42 @@ def test_every_command_is_explained(capsys):
     assert all(f"\n    {command} " in text for command in benchmark.COMMANDS)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says that there is no CUDA device")
-def test_commands_for_a_gpu_say_that_there_is_none(capsys):
-    benchmark.main(["gpu-vit", "--photos", "."])
-    assert capsys.readouterr().out == "gpu-vit needs a CUDA device, and there is none\n"
-
-
-def test_blocks_without_augmentation_draw_no_views(monkeypatch):
+def test_timed_steps(monkeypatch):
     monkeypatch.setattr(benchmark, "gemm_rate", lambda: 1.0)
-    drawn, draw = [], common.Augment.draw
-    monkeypatch.setattr(common.Augment, "draw", lambda *a: drawn.append(1) or draw(*a))
-    found = [benchmark.blocks("simclr", TINY + [batch], "augmentation", rounds=2, block=3)
-             for batch in ("4", "8")]
-    assert [len(found[0][key]) for key in ("with", "without", "gemm")] == [2, 2, 2]
-    pictures, blocks, frozen = 2, 3 * 3 * 2, 2  # of views.png; with, of which one unmeasured; cache
-    assert len(drawn) == 2 * (pictures + blocks + frozen)
-    backbone = [f["flop"] / f["batch"] for f in found]
-    assert backbone[0] == pytest.approx(backbone[1], rel=0.01)  # but for the logits' B²
+    found = [benchmark.timed_steps("simclr", TINY + [batch], 2, 3) for batch in ("4", "8")]
+    assert [len(rounds) for rounds, _ in found] == [2, 2]
+    assert all(0 < bare < whole for rounds, _ in found for whole, bare, _ in rounds)
+    flop = [total / batch for (_, total), batch in zip(found, (4, 8))]
+    assert flop[0] == pytest.approx(flop[1], rel=0.01)  # but for the logits' B²
 
 
-def test_blocks_without_upkeep_leave_the_weights(monkeypatch):
-    monkeypatch.setattr(benchmark, "gemm_rate", lambda: 1.0)
-    updates, step = [], torch.optim.SGD.step
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: updates.append(1) or step(self))
-    benchmark.blocks("rotation", TINY + ["4"], "upkeep", rounds=1, block=3)
-    assert len(updates) == 2 * 3
+def test_script_that_is_stopped():
+    found = benchmark.script("rotation", TINY[:-1], 8, 10)
+    assert 0 < found["first step, s"] < found["end, s"] and found["images/s"] > 0
 
 
-def test_counted_traffic_is_that_of_the_model(monkeypatch):
-    for name in "WORLD_SIZE", "RANK", "LOCAL_RANK":
-        monkeypatch.setenv(name, "0")  # so that they are unset afterwards
-    counted = benchmark.traffic("rotation", TINY + ["16"], world=8)
+def test_counted_traffic_is_that_of_the_model():
+    counted = benchmark.traffic("rotation", TINY + ["16"])
     backbone = common.make_backbone("resnet8", 32)
     model = RotNet(backbone, backbone.feature_dim)
+    norms = [m for m in model.modules() if hasattr(m, "running_mean")]
     assert counted["gradients"] == 4 * sum(p.numel() for p in model.parameters())
-    channels = sum(m.num_features for m in model.modules() if hasattr(m, "running_mean"))
-    assert counted["statistics"] == 4 * 4 * channels  # mean and variance, forward and backward
-    assert counted["embeddings"] == counted["images"] == 0
+    assert counted["statistics"] == sum(4 * (4 * norm.num_features + 1) for norm in norms)
+    assert counted["gathered"] == counted["images"] == 0
 
 
-def test_tables_and_json_agree(tmp_path, capsys):
-    args = type("args", (), {"json": str(tmp_path / "results.jsonl")})
-    rows = [{"what": "ours", "median": 12345.6},
-            {"what": "theirs", "median": 0.01234, "ratio": 2.0},
-            {"what": "unknown", "median": float("nan")}]
-    benchmark.show(args, "Title", rows, [1e11])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-5:] == ["| what | median | ratio |", "|---|---|---|", "| ours | 12,346 |  |",
-                          "| theirs | 0.012 | 2.00 |", "| unknown |  |  |"]
-    assert json.loads((tmp_path / "results.jsonl").read_text())["rows"][:2] == rows[:2]
+@pytest.mark.parametrize("method", beside_lightly.HEADS)
+def test_gradient_is_that_of_lightly(method):
+    pytest.importorskip("lightly")
+    layers = ["--proj-layers", "3"] * (method == "simsiam")
+    ours, its = beside_lightly.gradients(method, TINY + ["8", "--device", "cpu", *layers])
+    assert ours < 1e-10
+    assert (its > 1e-3) == (method in ("simclr", "moco", "swav", "dino"))  # passes differ
+
+
+def test_tables(capsys):
+    rows = [{"what": "ours", "median": 12345.6}, {"what": "theirs", "median": 0.01234, "ratio": 2.0}]
+    benchmark.show("Title", rows + [{"what": "tiny", "median": 1e-14}], [1e11])
+    assert capsys.readouterr().out.splitlines()[-6:] == [
+        "", "what | median | ratio", "--- | --- | ---", "ours | 12,346 | ",
+        "theirs | 0.0123 | 2.00", "tiny | 1.0e-14 | "]
