@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -178,7 +179,7 @@ def world_size():
 
 def say(line):
     if rank() == 0:
-        print(line, flush=True)
+        print(line.encode(errors="backslashreplace").decode(), flush=True)  # odd file names
 
 
 def start(name, seed, deterministic=False):
@@ -347,7 +348,7 @@ def folder_set(root, skip=(), classes=None):
     classes = classes or (found if len(found) > 1 else [])
     number = {name: i for i, name in enumerate(classes)}
     return ImageSet(str(root), files, names, [number.get(part, -1) for part in parts], classes,
-                    [f"{count} {kind}" for kind, count in others.items()])
+                    [f"{count} {kind}" for kind, count in others.most_common(5)])
 
 
 def torchvision_set(name, train):
@@ -355,12 +356,13 @@ def torchvision_set(name, train):
     known = {n.lower(): getattr(torchvision.datasets, n) for n in torchvision.datasets.__all__}
     if not (make := known.get(name.lower())):
         raise Failure(f"--data {name}: no such folder, and no torchvision set of that name")
+    part = ("train+unlabeled" if name.lower() == "stl10" else "train") if train else "test"
+    part = {"train": train} if "train" in signature(make).parameters else {"split": part}
     try:
-        items = make("data", train=train, download=True)
-    except TypeError:
-        part = "train+unlabeled" if name.lower() == "stl10" else "train"
-        items = make("data", split=part if train else "test", download=True)
-    labels = items.targets if hasattr(items, "targets") else items.labels
+        items = make("data", download=True, **part)
+        labels = items.targets if hasattr(items, "targets") else items.labels
+    except Exception as error:  # no network, other flags, other labels
+        raise Failure(f"torchvision cannot load {name}: {error}")
     classes = [str(c) for c in getattr(items, "classes", sorted({*labels}))]
     names = [f"{name}/{train}/{i}" for i in range(len(items))]
     return ImageSet(name, [(items, i) for i in range(len(items))], names, labels, classes)
@@ -432,7 +434,7 @@ def decode(images, side, workers, device):
     fits = n * 3 * side**2 <= min(free_memory(device), free_memory(cpu)) / 2
     fits = all_sum(torch.tensor(float(fits))) == world_size()
     aspect, pixels = torch.zeros(n), torch.zeros(n * fits, 3, side, side, dtype=torch.uint8)
-    mine = torch.arange(rank(), n, world_size()).split(64)
+    mine = [rows for rows in torch.arange(rank(), n, world_size()).split(64) if len(rows)]
     for rows, batch in zip(mine, progress(images.load(mine, cpu), "decoding", len(mine))):
         aspect[rows] = batch[1]
         if fits:
@@ -456,7 +458,7 @@ def describe(images, device):
     if not images:
         raise Failure(f"{images.origin}: nothing to read; {'; '.join(images.left_out)}")
     some, _ = next(images.load([range(0, len(images), -(-len(images) // 50))], device))
-    if (some.flatten(1).amax(1) - some.flatten(1).amin(1) < 16).all():
+    if (some.amax((2, 3)) - some.amin((2, 3)) < 16).all():
         raise Failure(f"the images of {images.origin} come out almost of one colour, with values "
                       f"of {some.min()} to {some.max()} of 255: convert them to 8 bits")
     names = ", ".join(images.classes[:3]) + ", ..." * (len(images.classes) > 3)

@@ -316,8 +316,8 @@ def evaluation(args):
     train, test = common.load_data(args.data, 32, args.images)
     gemm, times, features, view = gemm_rate(), [clock()], [], partial(centre_view, image_size=32)
     for images in train, test:
-        (x,), _ = extract_features(backbone, images, torch.arange(len(images)), view, CPU)
-        features += [x, images.labels]
+        features += extract_features(backbone, images, torch.arange(len(images)), view, CPU)
+        features.append(images.labels)
     times.append(clock())
     top1 = [knn(*features)]
     times.append(clock())
@@ -342,7 +342,7 @@ def scaling(args):
     cases = [(f"{n} images", some + [str(n)], 64, 0) for n in (1000, 10000, 50000)]
     cases += [(f"batch {b}", some + ["10000"], b, 0) for b in (64, 128, 256, 512)]
     cases += [(f"{p} processes, batch 256", some + ["10000"], 256, p) for p in (1, 2)]
-    cases += [(f"{s} pixels", some + ["10000", "--image-size", str(s)], 64, 0) for s in (32, 64, 96)]
+    cases += [(f"{s} pixels", some + ["9999", "--image-size", str(s)], 64, 0) for s in (32, 64, 96)]
     rows, gemm = [], []
     for name, flags, batch, processes in cases:
         gemm += [gemm_rate()]

@@ -218,7 +218,7 @@ def test_report(capsys):
     assert report["trained layer3"] == report["trained"]
     printed = capsys.readouterr().out
     assert "of 36 test images (chance 33.3)" in printed and "of 36 training images" in printed
-    best = re.search(r"best stage by held-out training images: (.+), ", printed)[1]
+    best = re.search(r"best stage, by held-out training images: (.+), ", printed)[1]
     top1 = {name: max(report[name]["held_out"].values()) for name in stages[:3]}
     assert top1[best] == max(top1.values())
     few = evaluate(*networks, Images([0, 1] * 20), test, 16, CPU, labels=0.1)
