@@ -348,7 +348,8 @@ def folder_set(root, skip=(), classes=None):
     classes = classes or (found if len(found) > 1 else [])
     number = {name: i for i, name in enumerate(classes)}
     return ImageSet(str(root), files, names, [number.get(part, -1) for part in parts], classes,
-                    [f"{count} {kind}" for kind, count in others.most_common(5)])
+                    [f"{count} {kind}" for kind, count in others.most_common(6)]
+                    + ["and others"] * (len(others) > 6))
 
 
 def torchvision_set(name, train):
@@ -434,7 +435,7 @@ def decode(images, side, workers, device):
     fits = n * 3 * side**2 <= min(free_memory(device), free_memory(cpu)) / 2
     fits = all_sum(torch.tensor(float(fits))) == world_size()
     aspect, pixels = torch.zeros(n), torch.zeros(n * fits, 3, side, side, dtype=torch.uint8)
-    mine = [rows for rows in torch.arange(rank(), n, world_size()).split(64) if len(rows)]
+    mine = [rows for rows in torch.arange(n)[rank() :: world_size()].split(64) if len(rows)]
     for rows, batch in zip(mine, progress(images.load(mine, cpu), "decoding", len(mine))):
         aspect[rows] = batch[1]
         if fits:
@@ -761,7 +762,8 @@ def read_file(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise a dozen kinds
-        raise Failure(f"cannot read {path}: {str(error) or type(error).__name__}")
+        reason = str(error).split(". ")[0]  # torch goes on with advice to trust the file
+        raise Failure(f"cannot read {path}: {reason or type(error).__name__}")
 
 
 def save_checkpoint(args, step, images, model, optimizer, backbone):

@@ -62,7 +62,7 @@ def extract_features(network, images, indices, view, device, stages=("",)):
     blank = torch.zeros(1, 3, images.side, images.side, dtype=torch.uint8, device=device)
     features = [torch.zeros(len(indices), z.shape[1], device=device)
                 for z in stage_features(network, stages, view(blank, torch.ones(1, device=device)))]
-    mine = [i for i in torch.arange(rank(), len(indices), world_size()).split(256) if len(i)]
+    mine = [i for i in torch.arange(len(indices))[rank() :: world_size()].split(256) if len(i)]
     batches = images.load([indices[rows] for rows in mine], device)
     for rows, batch in zip(mine, common.progress(batches, "encoding", len(mine))):
         x = view(*batch)
