@@ -463,9 +463,10 @@ def describe(images, device):
         raise Failure(f"the images of {images.origin} come out almost of one colour, with values "
                       f"of {some.min()} to {some.max()} of 255: convert them to 8 bits")
     names = ", ".join(images.classes[:3]) + ", ..." * (len(images.classes) > 3)
-    line = f"{len(images):,} of {images.origin}, {len(images.classes)} classes ({names})"
-    unlabelled = (images.labels < 0).sum()
-    return "; ".join([line, *[f"{unlabelled} of no class"] * bool(unlabelled), *images.left_out])
+    classes = f"{len(images.classes)} classes ({names})" if images.classes else "no class folders"
+    unlabelled = (images.labels < 0).sum() if images.classes else 0
+    return "; ".join([f"{len(images):,} of {images.origin}, {classes}",
+                      *[f"{unlabelled} of no class"] * bool(unlabelled), *images.left_out])
 
 
 def load_data(data, image_size, max_images=None, workers=0, device=torch.device("cpu")):
