@@ -330,9 +330,8 @@ def parse_args(argv=None):
 # 0.075 √B, decay 1e-4, in the paper 1e-6). cifar: augmentation of that repository's README, else
 # lightly's CIFAR-10 benchmark. demo: cifar's, unless another value was better on the drawn images.
 # Departures from the paper: ImageNet's mean and std are subtracted (official: pixels in [0, 1]);
-# small crops are bilinear (official: bicubic). LARS keeps the rate outside the momentum buffer
-# (official: inside). The loss is half the official one, and so are the steps of biases and BN. In
-# the official code only: the last BN of a residual block starts at 0.
+# small crops are bilinear (official: bicubic); LARS keeps the rate outside the momentum buffer; the
+# loss is half the official one. In the official code only: a residual block's last BN starts at 0.
 
 if __name__ == "__main__":
     from common import main
