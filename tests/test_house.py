@@ -17,7 +17,8 @@ from torch import nn
 from torchvision.transforms import v2
 
 LINES = {"common": 650, "linear_probe": 400, "simclr": 340, "moco": 470, "byol": 290,
-         "simsiam": 260, "swav": 360, "barlow": 330, "dino": 480, "mae": 430, "rotation": 260, "jigsaw": 340}
+         "simsiam": 260, "swav": 360, "barlow": 330, "dino": 480, "mae": 430, "rotation": 260,
+         "jigsaw": 340}
 ORDER = ["model", "loss", "augmentation", "training"]
 
 
