@@ -149,7 +149,9 @@ def parse_flags(method, doc, recipes, flags, argv=None):
         if not isinstance(saved, dict) or saved.get("method") != method:
             raise Failure(f"{out}/checkpoint.pth holds no run of {method}.py")
         saved = saved["args"]
-    recipe = (saved | given).get("recipe") or choose_recipe(given.get("data"), given.get("device"))
+    recipe = (given | saved).get("recipe") or choose_recipe(given.get("data"), given.get("device"))
+    if given.get("recipe", recipe) != recipe:
+        raise Failure(f"--recipe {given['recipe']}: the run in {out} has --recipe {recipe}")
     column = recipes["recipe"].index(recipe)
     defaults = DEFAULTS | {name: row[column] for name, row in recipes.items()} | saved
     args = parse(argv, flags, defaults, doc, recipe)
@@ -255,11 +257,6 @@ EXTENSIONS = ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .avif .ppm .pgm".split(
 TEST_FOLDERS = "val", "valid", "validation", "test", "testing"
 
 
-def open_image(source):
-    """A path, or (torchvision set, index) -> PIL image; of a file, only the header is read yet."""
-    return Image.open(source) if isinstance(source, str) else source[0][source[1]][0]
-
-
 def to_square(image, side):
     """PIL image -> uint8 (3, side, side), and the aspect (width / height) it had. Turned as EXIF
     says; transparent is white; the range of gray beyond 8 bits is that of its largest value."""
@@ -278,30 +275,34 @@ def to_square(image, side):
 
 class ImageSet:
     """Images as uint8 squares of one side: in memory (pixels, aspect), or decoded each time.
-    source: what `open_image` takes; labels: (N,), -1 = none; left_out: what was not read, in words.
-    """
+    names: paths below the folder `origin`, or indices of `items`, a set of torchvision; labels:
+    (N,), -1 = none; left_out: what was not read, in words."""
 
-    pixels, aspect, side, workers, unreadable = None, None, None, 0, ()
+    pixels, aspect, side, workers = None, None, None, 0
 
-    def __init__(self, origin, source, names, labels, classes, left_out=()):
-        self.origin, self.source, self.names, self.classes = origin, source, names, classes
-        self.labels, self.left_out = torch.as_tensor(labels).long(), left_out
+    def __init__(self, origin, names, labels, classes, left_out=(), items=None):
+        self.origin, self.names, self.classes, self.items = origin, names, classes, items
+        self.labels, self.left_out = torch.as_tensor(labels).long(), list(left_out)
 
     def __len__(self):
         return len(self.names)
 
+    def open(self, i):
+        """-> PIL image; of a file, only the header is read yet."""
+        name = self.names[i]
+        return self.items[name][0] if self.items else Image.open(os.path.join(self.origin, name))
+
     def __getitem__(self, i):
         """-> uint8 (3, S, S) and width / height, which is 0 for an image that cannot be read."""
         try:
-            with open_image(self.source[i]) as image:
+            with self.open(i) as image:
                 return to_square(image, self.side)
         except Exception:  # PIL raises a dozen kinds
             return torch.zeros(3, self.side, self.side, dtype=torch.uint8), 0.0
 
     def subset(self, rows):
         part = copy.copy(self)
-        part.source, part.names = [self.source[i] for i in rows], [self.names[i] for i in rows]
-        part.labels = self.labels[rows]
+        part.names, part.labels = [self.names[i] for i in rows], self.labels[rows]
         if self.pixels is not None:
             part.pixels, part.aspect = self.pixels[rows], self.aspect[rows]
         return part
@@ -323,33 +324,32 @@ class ImageSet:
 
 def hash_order(names):
     """Indices of the names in an order that looks random and is the same on every machine."""
-    return sorted(range(len(names)), key=lambda i: zlib.crc32(os.fsencode(names[i])))
+    return sorted(range(len(names)), key=lambda i: zlib.crc32(os.fsencode(str(names[i]))))
 
 
 def folder_set(root, skip=(), classes=None):
     """The images below a folder, each real folder once, hidden names left out. The folders directly
     below it are the classes, if they are two or more."""
-    files, others, seen = [], Counter(), set(map(os.path.realpath, skip))
-    for folder, subfolders, names in os.walk(root, followlinks=True,
+    names, others, seen = [], Counter(), set(map(os.path.realpath, skip))
+    for folder, subfolders, files in os.walk(root, followlinks=True,
                                              onerror=lambda error: others.update([str(error)])):
         if (real := os.path.realpath(folder)) in seen:
             subfolders.clear()
             continue
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-        for name in sorted(name for name in names if name[0] != "."):
+        for name in sorted(name for name in files if name[0] != "."):
             if (kind := os.path.splitext(name)[1].lower()) in EXTENSIONS:
-                files.append(os.path.join(folder, name))
+                names.append(os.path.relpath(os.path.join(folder, name), root))
             else:
                 others[f"{kind or name}: not decoded here"] += 1
-    names = [os.path.relpath(file, root) for file in files]
     parts = [name.split(os.sep)[0] if os.sep in name else None for name in names]
     found = sorted({*parts} - {None})
     classes = classes or (found if len(found) > 1 else [])
     number = {name: i for i, name in enumerate(classes)}
-    return ImageSet(str(root), files, names, [number.get(part, -1) for part in parts], classes,
-                    [f"{count} {kind}" for kind, count in others.most_common(6)]
-                    + ["and others"] * (len(others) > 6))
+    labels = [number.get(part, -1) for part in parts]
+    left_out = [f"{count} {kind}" for kind, count in others.most_common(6)]
+    return ImageSet(str(root), names, labels, classes, left_out + ["others"] * (len(others) > 6))
 
 
 def torchvision_set(name, train):
@@ -365,15 +365,15 @@ def torchvision_set(name, train):
     except Exception as error:  # no network, other flags, other labels
         raise Failure(f"torchvision cannot load {name}: {error}")
     classes = [str(c) for c in getattr(items, "classes", sorted({*labels}))]
-    names = [f"{name}/{train}/{i}" for i in range(len(items))]
-    return ImageSet(name, [(items, i) for i in range(len(items))], names, labels, classes)
+    origin = os.path.join(name, "train" if train else "test")
+    return ImageSet(origin, range(len(items)), labels, classes, items=items)
 
 
 def find_sets(data):
     """The value of --data -> (training, test) ImageSets, not decoded; test is None where there is
     nothing to evaluate on."""
     if data is None:
-        return builtin_set("train", 5000, seed=0), builtin_set("test", 1000, seed=1)
+        return drawn_set("train", 5000, seed=0), drawn_set("test", 1000, seed=1)
     if not os.path.isdir(data):
         return torchvision_set(data, True), torchvision_set(data, False)
     folders = {path.name.lower(): path for path in sorted(Path(data).glob("[!.]*"))
@@ -397,8 +397,8 @@ def find_sets(data):
 def median_side(images):
     """Median of the shorter sides, in pixels, of up to 100 of the images."""
     sides = []
-    for source in images.source[:: -(-len(images) // 100)]:
-        with suppress(Exception), open_image(source) as image:
+    for i in range(0, len(images), -(-len(images) // 100)):
+        with suppress(Exception), images.open(i) as image:
             sides.append(min(image.size))
             if getattr(image, "n_frames", 1) > 1:
                 images.left_out = [*dict.fromkeys([*images.left_out, "pages beyond the first"])]
@@ -430,7 +430,7 @@ def decode(images, side, workers, device):
     """-> the readable images. They stay on the device if they take at most half of its free memory,
     else they are decoded again for each use. Each process decodes its share for all."""
     n, cpu, images.side = len(images), torch.device("cpu"), side
-    if n > 1000 and isinstance(images.source[0], str):  # others are sooner decoded without
+    if n > 1000 and not images.items:  # the few, and those in memory, are sooner decoded without
         images.workers = workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     fits = n * 3 * side**2 <= min(free_memory(device), free_memory(cpu)) / 2
     fits = all_sum(torch.tensor(float(fits))) == world_size()
@@ -512,9 +512,9 @@ PATTERNS = {  # height at (u, v), in radians of the pattern
 }
 
 
-def builtin_set(name, count, seed):
+def drawn_set(name, count, seed):
     """-> ImageSet of 32 x 32 pixels; the same anywhere to a grey level."""
-    names, generator = [f"{name}/{i}" for i in range(count)], torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
 
     def draw(low, high, channels=1):
         return low + (high - low) * torch.rand(count, channels, 1, 1, generator=generator)
@@ -530,9 +530,9 @@ def builtin_set(name, count, seed):
     light = light / light.std((2, 3), keepdim=True)  # so that contrast does not give the class away
     grey = draw(0.3, 0.7) + draw(0.05, 0.14) * light - draw(-0.05, 0.2) * y[..., 1:, :]
     pixels = (255 * draw(0.92, 1.08, 3) * grey).round().clamp(0, 255).byte()
-    images = [(to_pil_image(image), None) for image in pixels]
-    return ImageSet("drawn images", [(images, i) for i in range(count)], names,
-                    torch.arange(count) % 10, [*PATTERNS])
+    items = [(to_pil_image(image), None) for image in pixels]
+    return ImageSet(f"drawn images/{name}", range(count), torch.arange(count) % 10,
+                    [*PATTERNS], items=items)
 
 
 # --------------------------------------------------------------------------------- augmentation
@@ -588,6 +588,11 @@ def central_crop(images, aspect, size):
     side = images.shape[3] * (7 / 8 if size > 64 else 1)
     sides = side * torch.stack([aspect.clamp(max=1), (1 / aspect).clamp(max=1)], 1)
     return resized_crop(images, torch.cat([(images.shape[3] - sides) / 2, sides], 1), size)
+
+
+def centre_view(images, aspect, size):
+    """What evaluation sees: the central square, normalised."""
+    return normalize(central_crop(images, aspect, size))
 
 
 def chosen(x, p):
@@ -764,6 +769,8 @@ def read_file(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise a dozen kinds
         reason = str(error).split(". ")[0]  # torch goes on with advice to trust the file
+        if pickled := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"it holds a pickled {pickled[1]} object: save its state_dict()"
         raise Failure(f"cannot read {path}: {reason or type(error).__name__}")
 
 
@@ -871,11 +878,16 @@ def write_log(args, line):
             file.write(json.dumps(line) + "\n")
 
 
-def examples(images, device, count=10):
-    """-> an image of each class, uint8, and the aspects; without labels, from all over the set."""
+def example_rows(images, count=10):
+    """Indices of an image of each class; without labels, from all over the set."""
     labels = images.labels.tolist()
     rows = [labels.index(label) for label in sorted({*labels} - {-1})[:count]]
-    return next(images.load([rows or range(0, len(images), -(-len(images) // count))], device))
+    return rows or list(range(0, len(images), -(-len(images) // count)))
+
+
+def examples(images, device):
+    """-> these images, uint8, and their aspects."""
+    return next(images.load([example_rows(images)], device))
 
 
 def save_picture(path, *columns):

@@ -296,8 +296,7 @@ def make_optimizer(name, model, weight_decay):
 
 def save_attention(args, backbone, images, device):
     """attention.png, of a ViT: some images, and what each head of the last block attends to."""
-    from common import denormalize, examples, rank, save_picture
-    from linear_probe import centre_view
+    from common import centre_view, denormalize, examples, rank, save_picture
 
     if args.arch in VITS and rank() == 0:
         views = centre_view(*examples(images, device), args.image_size)

@@ -7,8 +7,7 @@
 Run    python linear_probe.py --checkpoint runs/simclr/backbone.pth --data folder
        Also for ResNets and ViTs of torchvision, timm, solo-learn and the methods' official code.
 
-Departures: papers train the probe by SGD on augmented views, for up to a point more, and several
-choose its rate on the test set. Here views are central, and the test set is used once.
+Departure: papers train the probe by SGD on augmented views, for up to a point more.
 """
 
 import copy
@@ -26,20 +25,15 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 import common
-from common import Failure, rank, say, world_size
+from common import Failure, centre_view, rank, say, world_size
 
 # --------------------------------------------------------------------------------------- features
 
 
-def centre_view(images, aspect, image_size):
-    """What evaluation sees: the central square, normalised."""
-    return common.normalize(common.central_crop(images, aspect, image_size))
-
-
 def stage_features(network, stages, x):
-    """-> the features (B, C) after each of these stages; the stage "" is the end. A map is averaged
-    over a grid that leaves about as many numbers as there are at the end, because more features
-    alone raise an accuracy; a ViT's tokens are averaged over the patches."""
+    """-> the features (B, C) after each of these stages; "" is the end. A map is averaged over a
+    grid that leaves about as many numbers as there are at the end, as more features alone raise an
+    accuracy; a ViT's tokens are averaged over the patches."""
     outputs = {}
     hooks = [network.get_submodule(stage).register_forward_hook(
         lambda module, inputs, output, stage=stage: outputs.update({stage: output}))
@@ -108,9 +102,8 @@ def knn(train_features, train_labels, test_features, test_labels, k=200, tempera
 
 def linear_path(features, labels, classes):
     """Softmax regression: yields (strength, classifier) from the strongest penalty to the weakest,
-    each the minimum of mean cross-entropy + strength / 2 · ‖W‖², found from the one before. L-BFGS
-    works on V, where W = E diag(scale) V and E are the eigenvectors of the features' covariance: in
-    V all directions curve alike, and the same optimum takes a fifth of the steps."""
+    each the minimum of mean cross-entropy + strength / 2 · ‖W‖². L-BFGS works on V, where W = E
+    diag(scale) V and E are the eigenvectors of the covariance: in V all directions curve alike."""
     eigenvalues, directions = torch.linalg.eigh(features.T @ features / len(features))
     rotated = features.new_zeros(features.shape[1], classes)
     b = features.new_zeros(classes, requires_grad=True)
@@ -135,10 +128,27 @@ def linear_path(features, labels, classes):
                                 bias=classes**0.5 * b.detach())
 
 
-def linear_probe(train_features, train_labels, test_features, test_labels):
-    """-> dict: probe (top-1 in percent), chosen (the penalty's strength), held_out (by strength,
-    top-1 on a tenth of the training images, before the fit to all). Features (N, C), N at least 2,
-    are standardised in place, as by MAE's BN without affine; labels (N,) from 0."""
+def sgd_path(features, labels, classes, hidden=None):
+    """A linear classifier, or an MLP with `hidden` units, by AdamW in batches of 256: yields
+    (steps, classifier) after 10, 30, 100, ... 10,000 steps."""
+    torch.manual_seed(0)
+    dims = [features.shape[1], *[hidden] * bool(hidden), classes]
+    layers = [layer for shape in zip(dims, dims[1:]) for layer in (nn.ReLU(), nn.Linear(*shape))]
+    classifier = nn.Sequential(*layers[1:]).to(features)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-3, weight_decay=1e-2)
+    for step in range(1, 10_001):
+        rows = torch.randint(len(features), (256,)).to(features.device)
+        optimizer.zero_grad()
+        F.cross_entropy(classifier(features[rows]), labels[rows]).backward()
+        optimizer.step()
+        if step in (10, 30, 100, 300, 1000, 3000, 10_000):
+            yield step, classifier
+
+
+def linear_probe(train_features, train_labels, test_features, test_labels, path=linear_path):
+    """-> dict: probe (top-1 in percent), chosen (the penalty's strength, or the steps), held_out (by
+    these, top-1 on a tenth of the training images, before the fit to all). Features (N, C), N at
+    least 2, are standardised in place, as by MAE's BN without affine; labels (N,) from 0."""
     def top1(classifier, x, labels):
         return 100 * (classifier(x).argmax(1) == labels).sum().item() / len(labels)
 
@@ -148,47 +158,41 @@ def linear_probe(train_features, train_labels, test_features, test_labels):
     x, y, classes, held_out = train_features, train_labels, int(train_labels.max()) + 1, {}
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).to(y.device)
     held, rest = order.tensor_split([max(1, len(y) // 10)])
-    for strength, classifier in linear_path(x[rest], y[rest], classes):
-        held_out[strength] = top1(classifier, x[held], y[held])
+    for setting, classifier in path(x[rest], y[rest], classes):
+        held_out[setting] = top1(classifier, x[held], y[held])
         chosen = max(held_out, key=held_out.get)  # the strongest of equals
         if len(held_out) - list(held_out).index(chosen) > 2:
             break
-    best = next(fit for strength, fit in linear_path(x, y, classes) if strength == chosen)
+    best = next(fit for setting, fit in path(x, y, classes) if setting == chosen)
     return {"probe": top1(best, test_features, test_labels), "chosen": chosen, "held_out": held_out}
-
-
-def alignment(z1, z2, alpha=2):
-    """E ‖z1 - z2‖^α of unit z (2005.10242), 0 if invariant: (B, D), (B, D) -> scalar."""
-    return (F.normalize(z1, dim=1) - F.normalize(z2, dim=1)).norm(dim=1).pow(alpha).mean()
-
-
-def uniformity(z, t=2):
-    """log E exp(-t ‖z_i - z_j‖²), i ≠ j, unit z: 0 collapsed, -2t spread out: (B, D) -> scalar."""
-    z = F.normalize(z, dim=1)
-    logits = (2 * t * (z @ z.T - 1)).fill_diagonal_(-math.inf)  # ‖z_i - z_j‖² = 2 - 2 z_i·z_j
-    return logits.logsumexp((0, 1)) - math.log(len(z) * (len(z) - 1))
 
 
 def diagnostics(z1, z2):
     """Signs of collapse, from the features (N, D) of two views of at least 2 images -> dict.
     Spread: √D · std of unit z, 0 collapsed, 1 all directions alike. Effective rank: exp(entropy of
-    the singular values' shares), 1 to D (2210.02885), but centred: a mean tells nothing apart."""
-    singular = torch.linalg.svdvals(z1 - z1.mean(0))
+    the singular values' shares), 1 to D (2210.02885), but centred: a mean tells nothing apart.
+    Alignment E ‖z1 - z2‖² and uniformity log E exp(-2 ‖z_i - z_j‖²), of unit z (2005.10242)."""
+    singular, (u1, u2) = torch.linalg.svdvals(z1 - z1.mean(0)), (F.normalize(z) for z in (z1, z2))
     share = singular / singular.sum().clamp(min=torch.finfo(z1.dtype).tiny)
-    spread = F.normalize(z1, dim=1).std(0).mean() * z1.shape[1] ** 0.5
-    return {"spread": spread.item(), "effective rank": torch.special.entr(share).sum().exp().item(),
-            "alignment": alignment(z1, z2).item(), "uniformity": uniformity(z1).item()}
+    return {"spread": u1.std(0).mean() * u1.shape[1] ** 0.5,
+            "effective rank": torch.special.entr(share).sum().exp(),
+            "alignment": (u1 - u2).square().sum(1).mean(),
+            "uniformity": F.pdist(u1).square().mul(-2).exp().mean().log()}
 
 
-def evaluate(backbone, initial, train, test, image_size, device, labels=1.0, seed=0, layers=False):
-    """Prints and returns {name: accuracies} of "trained", "random" (`initial`), "pixels"; of each
-    stage, too, with `layers` ("trained layer1"); in the first process. labels: fraction to use."""
+def evaluate(backbone, initial, train, test, image_size, device, labels=1.0, seed=0, layers=False,
+             mlp=False, steps=False):
+    """Prints and returns {name: accuracies} of "trained", "random" (`initial`), "pixels"; also by
+    stage ("trained layer1") and `sgd_path` ("trained, MLP"), in the first process. labels: fraction
+    to use."""
     if test is None or (train.labels >= 0).sum() < 2:
         say("Nothing to evaluate on: try linear_probe.py --neighbours, or --data of class folders.")
         return {}
     pixels = nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Flatten(),  # 16: better than 32 pixels
                            nn.BatchNorm1d(768, affine=False))  # standardises
-    view, report = partial(centre_view, image_size=image_size), {}
+    view, report, paths = partial(centre_view, size=image_size), {}, {"": linear_path}
+    paths |= {", MLP": partial(sgd_path, hidden=1024)} if mlp else {}
+    paths |= {", by steps": sgd_path} if steps else {}
 
     def encode(images, fraction):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
@@ -204,15 +208,17 @@ def evaluate(backbone, initial, train, test, image_size, device, labels=1.0, see
             r"layer\d|blocks\.\d+|encoder\.layers\.\w+", name)]]
         (x, y), (test_x, test_y) = encode(train, labels), encode(test, 1.0)
         for stage in stages:  # one after the other: each needs the memory of the probe's copies
-            given = x.pop(0), y, test_x.pop(0), test_y
+            given, name = (x.pop(0), y, test_x.pop(0), test_y), f"{kind} {stage}".strip()
             if rank() == 0:
-                report[f"{kind} {stage}".strip()] = {"knn": knn(*given), **linear_probe(*given)}
+                vote = {"knn": knn(*given)}
+                report |= {name + by: vote | linear_probe(*given, p) for by, p in paths.items()}
     if rank() == 0:
         for name, row in report.items():
-            print(f"kNN {row['knn']:5.1f}  linear probe {row['probe']:5.1f}  {name}")
-        chance = 100 * test_y.bincount().max() / len(test_y)
-        print(f"Percent right of {len(test_y):,} test images (chance {chance:.1f}) on frozen"
-              f" features:\nthe nearest 200 of {len(y):,} training images; a linear classifier.")
+            print(f"kNN {row['knn']:5.1f}  linear probe {row['probe']:5.1f}  {name}", *[
+                f"{n}: {top1:.1f}" for n, top1 in row["held_out"].items() if "by steps" in name])
+        print(f"Percent right of {len(test_y):,} test images (chance "
+              f"{100 * test_y.bincount().max() / len(test_y):.1f}) on frozen features:\n"
+              f"the nearest 200 of {len(y):,} training images; a linear classifier.")
     if stages := [name for name in report if name.startswith("trained ")]:
         best = max(stages, key=lambda name: max(report[name]["held_out"].values()))
         print(f"best stage, by held-out training images: {best}, {report[best]['probe']:.1f}"
@@ -220,15 +226,14 @@ def evaluate(backbone, initial, train, test, image_size, device, labels=1.0, see
     return report
 
 
-def save_features(backbone, sets, root, view, device, path):
+def save_features(backbone, sets, view, device, path):
     """One .npz: features (N, C), names, labels (-1: none), classes, in the order of the files."""
     rows = []
     for images in filter(None, sets):
         (x,) = extract_features(backbone, images, torch.arange(len(images)), view, device)
-        names = [os.path.relpath(source, root) if isinstance(source, str) else name
-                 for source, name in zip(images.source, images.names)]
+        names = [os.path.join(images.origin, str(name)) for name in images.names]
         rows += zip(names, images.labels.tolist(), x.cpu().numpy())
-    if isinstance(images.source[0], str):
+    if not images.items:
         rows.sort(key=lambda row: row[0])
     names, labels, features = zip(*rows)
     if rank() == 0:
@@ -294,15 +299,10 @@ def build(weights, image_size, stem_padding):
 
 
 def load_backbone(path, image_size=None, arch=None, stem_padding=None, network=None):
-    """-> the backbone in a file, the same untrained, and the image size in pixels (None: its own).
-    Its names and shapes tell what it is, or `arch` does, or it goes into this network. Of several
-    backbones: DINO evaluates the teacher, BYOL and MoCo not the target or key encoder."""
-    try:
-        checkpoint = common.read_file(path)
-    except Failure as failure:
-        if pickled := re.search(r"GLOBAL (\S+)", str(failure.__context__)):
-            raise Failure(f"{path} holds a pickled {pickled[1]} object: save its state_dict()")
-        raise
+    """-> a file's backbone, the same untrained, and the image size in pixels (None: its own). Names
+    and shapes tell what it is, or `arch` does, or it goes into this network. Of several, DINO
+    evaluates the teacher, BYOL and MoCo not the target or key encoder."""
+    checkpoint = common.read_file(path)
     found, keys = find_weights(checkpoint), checkpoint if isinstance(checkpoint, dict) else {}
     args = keys["args"] if "recipe" in keys else {}  # else it is not ours
     arch, size = arch or args.get("arch", "resnet"), image_size or args.get("image_size")
@@ -355,32 +355,31 @@ FLAGS = {name: common.FLAGS[name] for name in ("data", "image_size", "max_images
     "stem_padding": (int, 1, 2, "of a 3x3 stem, which leaves no trace; 2 is solo-learn's"),
     "labels": (float, 1e-6, 1, "fraction of the training labels of each class to use"),
     "layers": (bool, None, None, "also after each stage"),
+    "mlp": (bool, None, None, "also a probe with a hidden layer of 1024 units"),
+    "steps": (bool, None, None, "also after 10, 30, ... steps of AdamW, of held-out images"),
     "features": (str, None, None, "write the features of all images to this .npz instead"),
     "neighbours": (str, None, None, "draw images and their nearest ones to this .png instead"),
     "diagnostics": (bool, None, None, "show signs of collapse, which need no labels, instead"),
 }
-
-
-def parse_args(argv=None):
-    defaults = common.DEFAULTS | {"checkpoint": "runs/simclr/backbone.pth", "labels": 1.0}
-    return common.parse(argv, FLAGS, defaults, __doc__)
+parse_args = partial(common.parse, flags=FLAGS, doc=__doc__, defaults=common.DEFAULTS | {
+    "checkpoint": "runs/simclr/backbone.pth", "labels": 1.0})
 
 
 def run(args):
     for path in filter(None, (args.features, args.neighbours)):
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            raise Failure(f"cannot write {path}: no such folder")  # at once, not after hours
+        with common.writing(path):  # where it cannot, that is said at once, not after hours
+            open(path, "ab").close()
     device = common.start(args.device, args.seed)
     backbone, initial, size = load_backbone(args.checkpoint, args.image_size, args.arch,
                                             args.stem_padding)
     train, test = common.load_data(args.data, size, args.max_images, args.workers, device)
-    backbone, view = backbone.to(device).eval(), partial(centre_view, image_size=size)
+    backbone, view = backbone.to(device).eval(), partial(centre_view, size=size)
     rows = torch.arange(len(train))
     if args.features:
-        save_features(backbone, [train, test], args.data, view, device, args.features)
-    elif args.neighbours:  # eight images, each followed by its seven nearest
+        save_features(backbone, [train, test], view, device, args.features)
+    elif args.neighbours:  # an image of each class, followed by its seven nearest
         x = F.normalize(extract_features(backbone, train, rows, view, device)[0], dim=1)
-        nearest = (x[:: -(-len(x) // 8)] @ x.T).topk(min(8, len(x))).indices.cpu()
+        nearest = (x[common.example_rows(train)] @ x.T).topk(min(8, len(x))).indices.cpu()
         pictures = common.denormalize(view(*next(train.load([nearest.flatten()], device))))
         if rank() == 0:
             common.save_picture(args.neighbours, *pictures.unflatten(0, nearest.shape).unbind(1))
@@ -393,7 +392,8 @@ def run(args):
         (z1,), (z2,) = (extract_features(backbone, train, rows, crop, device) for _ in range(2))
         say(", ".join(f"{sign} {value:.2f}" for sign, value in diagnostics(z1, z2).items()))
     else:
-        evaluate(backbone, initial, train, test, size, device, args.labels, args.seed, args.layers)
+        evaluate(backbone, initial, train, test, size, device, args.labels, args.seed, args.layers,
+                 args.mlp, args.steps)
 
 
 if __name__ == "__main__":

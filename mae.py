@@ -301,8 +301,7 @@ def make_optimizer(model, weight_decay):
 @torch.no_grad()
 def save_reconstruction(args, model, images, device):
     """reconstruction.png: some images with patches removed, reconstructed, and as they are."""
-    from common import denormalize, examples, rank, save_picture
-    from linear_probe import centre_view
+    from common import centre_view, denormalize, examples, rank, save_picture
 
     if rank() == 0:
         view = centre_view(*examples(images, device), args.image_size)

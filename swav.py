@@ -212,8 +212,7 @@ def nearest_views(model, views, count=8):
 
 def save_prototypes(args, model, images, device):
     """prototypes.png: each row shows the images that are nearest to one prototype."""
-    from common import denormalize, rank, save_picture
-    from linear_probe import centre_view
+    from common import centre_view, denormalize, rank, save_picture
 
     if rank() == 0:
         (some,) = images.load([torch.arange(0, len(images), -(-len(images) // 256))], device)

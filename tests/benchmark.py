@@ -223,7 +223,7 @@ def augmentation(args):
             from lightly.transforms import SimCLRTransform
             two = SimCLRTransform(input_size=size, cj_strength=0.5, gaussian_blur=blur)
             contestants["lightly, from files"] = lambda rows: [
-                two(Image.open(images.source[i]).convert("RGB")) for i in rows]
+                two(images.open(i).convert("RGB")) for i in rows]
 
         def rate(name):
             parts, views, begin = itertools.cycle(torch.arange(8 * n).split(n)), 0, clock()
@@ -309,12 +309,13 @@ def start(args):
 def evaluation(args):
     """The usual protocol encodes crops anew in each of 100 epochs; one of them is measured."""
     import common
-    from linear_probe import centre_view, extract_features, knn, linear_probe, load_init
+    from common import centre_view
+    from linear_probe import extract_features, knn, linear_probe, load_init
 
     out = script("simclr", ["--data", args.data, "--max-images", str(args.images)])["out"]
     load_init(backbone := common.make_backbone("resnet8", 32).eval(), f"{out}/backbone.pth")
     train, test = common.load_data(args.data, 32, args.images)
-    gemm, times, features, view = gemm_rate(), [clock()], [], partial(centre_view, image_size=32)
+    gemm, times, features, view = gemm_rate(), [clock()], [], partial(centre_view, size=32)
     for images in train, test:
         features += extract_features(backbone, images, torch.arange(len(images)), view, CPU)
         features.append(images.labels)

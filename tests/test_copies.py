@@ -8,25 +8,23 @@ from conftest import METHODS, ROOT
 # They belong to the methods of several papers, and every file works alone: changed in one file,
 # they are changed in all.
 COPIES = {"LARS", "cosine", "stepwise", "ema_update", "spread", "solved", "PatchEmbed", "Attention",
-          "Block", "positions", "alignment", "uniformity"}
+          "Block", "positions"}
 
 # The same idea in every file, each time in its own way.
 OWN = {"augment", "make_optimizer", "train", "parse_args", "ViT", "positive_found"}
 
 
 def definitions():
-    """-> {name: {file: source}} of all top-level functions and classes; of linear_probe.py, those
-    that the papers have, too."""
+    """-> {name: {file: source}} of all top-level functions and classes of the methods."""
     found = {}
-    for path in [ROOT / f"{name}.py" for name in (*METHODS, "linear_probe")]:
+    for path in [ROOT / f"{name}.py" for name in METHODS]:
         lines = path.read_text().splitlines()
         for node in ast.parse("\n".join(lines)).body:
             if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 continue
-            if path.stem in METHODS or node.name in ("alignment", "uniformity"):
-                first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-                source = "\n".join(lines[first - 1 : node.end_lineno])
-                found.setdefault(node.name, {})[path.name] = source
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            source = "\n".join(lines[first - 1 : node.end_lineno])
+            found.setdefault(node.name, {})[path.name] = source
     return found
 
 

@@ -54,7 +54,7 @@ def test_formats(suffix, options, tolerance):
     if suffix in ("avif", "webp") and not features.check(suffix):
         pytest.skip(f"this Pillow has no {suffix}")
     picture().save(f"x.{suffix}", **options)
-    assert folder_set(".").source == [f"./x.{suffix}"]
+    assert folder_set(".").names == [f"x.{suffix}"]
     assert_shows(f"x.{suffix}", picture(), tolerance)
 
 
@@ -416,7 +416,7 @@ def test_max_images(class_folders):
 BUILTIN_MEANS = [129, 128, 125, 139, 127, 126, 129, 142, 113, 154]
 
 
-def test_builtin_set():
+def test_drawn_set():
     torch.manual_seed(1)
     train, test = load_data(None, image_size=32)
     for image_set, count in (train, 5000), (test, 1000):

@@ -1,9 +1,12 @@
 """The evaluation against independent calculations; every file layout; the command."""
 
 import argparse
+import copy
 import functools
 import math
 import re
+from functools import partial
+from pathlib import Path
 
 import common
 import dino
@@ -11,13 +14,14 @@ import linear_probe as probe_file
 import mae
 import numpy as np
 import pytest
+import simclr
 import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import write_images
-from linear_probe import (alignment, calibrate_batch_norm, diagnostics, evaluate, extract_features,
+from linear_probe import (calibrate_batch_norm, diagnostics, evaluate, extract_features,
                           knn, linear_path, linear_probe, load_backbone, load_init, parse_args, run,
-                          stage_features, timm_to_torchvision, uniformity)
+                          sgd_path, stage_features, timm_to_torchvision)
 from PIL import Image
 from processes import run_processes
 from torch import nn
@@ -125,6 +129,29 @@ def test_the_best_held_out_setting_is_fitted_again_on_all_images():
     assert report["probe"] != top1(rest, test_x, test_y)[report["chosen"]]
 
 
+def test_an_mlp_solves_what_no_linear_classifier_can():
+    """The class is the sign of a product. After 10 steps an MLP has not learned it."""
+    x, test_x = torch.randn(2, 3000, 2, generator=torch.Generator().manual_seed(0))
+    y, test_y = ((z[:, 0] * z[:, 1] > 0).long() for z in (x, test_x))
+    given = x.clone(), y, test_x.clone(), test_y
+    assert linear_probe(*given)["probe"] < 60
+    mlp = linear_probe(*given, partial(sgd_path, hidden=64))
+    assert mlp["probe"] > 95 and mlp["held_out"][10] < 90 < mlp["held_out"][mlp["chosen"]]
+
+
+def test_steps_approach_the_converged_probe():
+    x, y = clusters(300, 3, 20, seed=0, noise=3)
+    test_x, test_y = clusters(600, 3, 20, seed=1, noise=3)
+    given = x.clone(), y, test_x.clone(), test_y
+    steps = dict(sgd_path(*given[:2], 3))
+    assert list(steps) == [10, 30, 100, 300, 1000, 3000, 10_000]
+    losses = [F.cross_entropy(classifier(x), y).item() for classifier in
+              (copy.deepcopy(c) for _, c in sgd_path(*given[:2], 3))]
+    assert losses[:5] == sorted(losses[:5], reverse=True)
+    assert linear_probe(*given, sgd_path)["probe"] == pytest.approx(
+        linear_probe(*given)["probe"], abs=5)
+
+
 # ----------------------------------------------------------------------------------- diagnostics
 
 
@@ -144,9 +171,8 @@ def test_diagnostics_of_the_uniform_sphere():
     assert found["uniformity"] == pytest.approx(math.log((1 - math.exp(-8)) / 8), abs=0.03)
     assert found["alignment"] == pytest.approx(4)
     assert found["effective rank"] == pytest.approx(3, abs=0.01)
-    pairs = F.pdist(F.normalize(z, dim=1)).square()
-    assert uniformity(z, 3).item() == pytest.approx((-3 * pairs).exp().mean().log().item())
-    assert alignment(z, -z, 1).item() == pytest.approx(2)
+    assert found["alignment"] == pytest.approx(simclr.alignment(z, -z).item())
+    assert found["uniformity"] == pytest.approx(simclr.uniformity(z).item())
 
 
 # -------------------------------------------------------------------------------------- features
@@ -221,6 +247,12 @@ def test_report(capsys):
     best = re.search(r"best stage, by held-out training images: (.+), ", printed)[1]
     top1 = {name: max(report[name]["held_out"].values()) for name in stages[:3]}
     assert top1[best] == max(top1.values())
+    more = evaluate(*networks, train, test, 16, CPU, mlp=True, steps=True)
+    assert {*more} == {name + by for name in plain for by in ("", ", MLP", ", by steps")}
+    assert all(more[name] == row for name, row in plain.items())
+    assert all(more[f"trained, {by}"]["knn"] == more["trained"]["knn"] and
+               list(more[f"trained, {by}"]["held_out"])[0] == 10 for by in ("MLP", "by steps"))
+    assert re.search(r"trained, by steps 10: \d+\.\d 30: ", capsys.readouterr().out)
     few = evaluate(*networks, Images([0, 1] * 20), test, 16, CPU, labels=0.1)
     assert all(top1 in (0, 100) for top1 in few["trained"]["held_out"].values())  # of one image
     assert "of 4 training images" in capsys.readouterr().out
@@ -514,7 +546,9 @@ def test_command(class_folders, command):
     assert status == 0 and not err and out[-1].startswith("spread ") and "nan" not in out[-1]
     status, out, err = command("--data", class_folders, "--neighbours", "n.png")
     assert status == 0 and not err
-    assert Image.open("n.png").size == (8 * 132 + 4, 8 * 132 + 4)
+    assert Image.open("n.png").size == (8 * 132 + 4, 2 * 132 + 4)  # a row for each class
+    status, out, err = command("--data", class_folders, "--max-images", 20, "--mlp", "--steps")
+    assert status == 0 and not err and sum(line.startswith("kNN") for line in out) == 9
 
 
 @pytest.mark.parametrize("layout", ["train and val", "split", "flat", "one"])
@@ -528,16 +562,17 @@ def test_features_of_all_images_in_the_order_of_files(layout, class_folders, com
     status, out, err = command("--data", root, "--features", "f.npz")
     assert status == 0 and not err
     saved = np.load("f.npz")
-    files = sorted(str(file.relative_to(root)) for file in root.rglob("*.png"))
+    files = sorted(str(file) for file in root.rglob("*.png"))
     if layout != "one":
-        files.remove(str(broken.relative_to(root)))
+        files.remove(str(broken))
         assert any(broken.name in line and "unreadable" in line for line in out)
     assert saved["names"].tolist() == files and saved["features"].shape == (len(files), 128)
-    labels = [["cat", "dog"].index(file.split("/")[-2]) if "/" in file else -1 for file in files]
+    labels = [{"cat": 0, "dog": 1}.get(Path(file).parent.name, -1) for file in files]
+    labels = labels if layout in ("train and val", "split") else [-1] * len(files)
     assert saved["labels"].tolist() == labels
     assert saved["classes"].tolist() == (["cat", "dog"] if max(labels) > 0 else [])
     backbone, _, size = load_backbone(tmp_path / "backbone.pth")
-    image = torch.from_numpy(np.array(Image.open(root / files[-1]))).permute(2, 0, 1)[None]
+    image = torch.from_numpy(np.array(Image.open(files[-1]))).permute(2, 0, 1)[None]
     image = F.interpolate(image.float(), (64, 64), mode="bicubic", antialias=True).clamp(0, 255)
     expected = backbone.eval()(probe_file.centre_view(image, torch.ones(1), size))[0]
     close(torch.from_numpy(saved["features"][-1]), expected.detach(), 0.1 * expected.max().item())
@@ -556,7 +591,7 @@ def test_what_cannot_be_read_or_written_exits_1(class_folders, tmp_path, command
     for flags, named in ((["--checkpoint", "none.pth"], "none.pth"),
                          (["--data", "nowhere"], "nowhere"),
                          (["--data", class_folders, "--features", tmp_path], "cannot write"),
-                         (["--neighbours", tmp_path / "no" / "n.png"], "no such folder"),
+                         (["--neighbours", tmp_path / "no" / "n.png"], "cannot write"),
                          (["--data", tmp_path / "one", "--diagnostics"], "two images")):
         status, _, err = command(*flags)
         assert status == 1 and len(err) == 1 and named in err[0]
