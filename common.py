@@ -156,6 +156,7 @@ def parse_flags(method, doc, recipes, flags, argv=None):
     defaults = DEFAULTS | {name: row[column] for name, row in recipes.items()} | saved
     args = parse(argv, flags, defaults, doc, recipe)
     args.method, args.out, args.given = method, out, sorted(given)
+    args.init = given.get("init") if saved else args.init  # its weights are in the checkpoint
     return args
 
 
@@ -289,8 +290,11 @@ class ImageSet:
 
     def open(self, i):
         """-> PIL image; of a file, only the header is read yet."""
-        name = self.names[i]
-        return self.items[name][0] if self.items else Image.open(os.path.join(self.origin, name))
+        if self.items:
+            return self.items[self.names[i]][0]
+        if not os.path.isfile(path := os.path.join(self.origin, self.names[i])):
+            raise OSError(f"{path} is no file")  # a pipe would wait for ever
+        return Image.open(path)
 
     def __getitem__(self, i):
         """-> uint8 (3, S, S) and width / height, which is 0 for an image that cannot be read."""
@@ -322,6 +326,11 @@ class ImageSet:
             yield images.to(device, non_blocking=True), aspect.float().to(device, non_blocking=True)
 
 
+def fingerprint(images):
+    """What tells one set from another, in words."""
+    return f"{len(images)} images, {zlib.crc32(repr(list(images.names)).encode()):08x}"
+
+
 def hash_order(names):
     """Indices of the names in an order that looks random and is the same on every machine."""
     return sorted(range(len(names)), key=lambda i: zlib.crc32(os.fsencode(str(names[i]))))
@@ -330,13 +339,14 @@ def hash_order(names):
 def folder_set(root, skip=(), classes=None):
     """The images below a folder, each real folder once, hidden names left out. The folders directly
     below it are the classes, if they are two or more."""
-    names, others, seen = [], Counter(), set(map(os.path.realpath, skip))
+    names, others, seen = [], Counter(), dict.fromkeys(map(os.path.realpath, skip), 0)
     for folder, subfolders, files in os.walk(root, followlinks=True,
                                              onerror=lambda error: others.update([str(error)])):
         if (real := os.path.realpath(folder)) in seen:
             subfolders.clear()
+            others["folder read already under another name"] += seen[real]
             continue
-        seen.add(real)
+        seen[real] = 1
         subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
         for name in sorted(name for name in files if name[0] != "."):
             if (kind := os.path.splitext(name)[1].lower()) in EXTENSIONS:
@@ -348,7 +358,7 @@ def folder_set(root, skip=(), classes=None):
     classes = classes or (found if len(found) > 1 else [])
     number = {name: i for i, name in enumerate(classes)}
     labels = [number.get(part, -1) for part in parts]
-    left_out = [f"{count} {kind}" for kind, count in others.most_common(6)]
+    left_out = [f"{count} {kind}" for kind, count in others.most_common(6) if count]
     return ImageSet(str(root), names, labels, classes, left_out + ["others"] * (len(others) > 6))
 
 
@@ -447,7 +457,7 @@ def decode(images, side, workers, device):
         images.pixels, images.aspect = pixels, aspect
     if bad := [name for name, value in zip(images.names, aspect.tolist()) if not value]:
         images = images.subset(aspect.nonzero().flatten().tolist())
-        names = ", ".join(map(repr, bad[:3])) + ", ..." * (len(bad) > 3)
+        names = ", ".join(map(repr, bad[:20])) + ", ..." * (len(bad) > 20)
         images.left_out = [*images.left_out, f"{len(bad)} unreadable ({names})"]
     if fits:
         images.pixels, images.aspect = images.pixels.to(device), images.aspect.to(device)
@@ -786,7 +796,7 @@ def save_checkpoint(args, step, images, model, optimizer, backbone):
         saved_args = {name: value for name, value in vars(args).items() if name not in free}
         save_file(f"{args.out}/checkpoint.pth", {
             "method": args.method, "recipe": args.recipe, "args": saved_args, "step": step,
-            "images": len(images), "log": log.stat().st_size if log.exists() else 0,
+            "images": fingerprint(images), "log": log.stat().st_size if log.exists() else 0,
             "model": weights, "optimizer": optimizer.state_dict()})
         save_file(f"{args.out}/backbone.pth",
                   {name: value.cpu() for name, value in backbone.state_dict().items()})
@@ -800,8 +810,8 @@ def load_checkpoint(args, images, model, optimizer):
         say(f"--recipe {args.recipe}, --out {args.out}")
         return 0
     saved, log = read_file(f"{args.out}/checkpoint.pth"), f"{args.out}/log.jsonl"
-    if saved["images"] != len(images):
-        raise Failure(f"{args.out} was trained on {saved['images']} images, not {len(images)}")
+    if saved["images"] != fingerprint(images):
+        raise Failure(f"{args.out} was trained on {saved['images']}, not {fingerprint(images)}")
     if args.epochs * (len(images) // args.batch_size) < saved["step"]:
         raise Failure(f"--epochs {args.epochs}: the run in {args.out} is beyond them already")
     try:

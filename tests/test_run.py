@@ -279,8 +279,12 @@ def test_flags_given_on_resuming_win_and_are_named(run, stopped):
     assert (args["epochs"], args["lr"], args["arch"]) == (4, 0.2, "resnet8x0.25")
     assert [line["step"] for line in lines()[:-1]] == [*range(1, 13)]
     before = tree("run")
+    shutil.copytree("images", "others")  # as many images, of other names
+    os.rename("others/train/cat/000.png", "others/train/cat/zero.png")
     for flag, value, words in (("--epochs", "3", "--epochs 3: "), ("-a", "resnet8", "does not fit"),
-                               ("--max-images", "16", "24 images, not 16"),
+                               ("--max-images", "16", "not 16 images, "),
+                               ("--data", "others", "run was trained on 24 images, "),
+                               ("--recipe", "cifar", "--recipe cifar: "),
                                ("-b", "26", "--batch-size 26: ")):
         assert_one_line(run("simclr", *OUT, "--resume", flag, value), 1, words)
         assert tree("run") == before
@@ -320,6 +324,15 @@ def test_folders_of_runs(run, class_folders):
 
 
 # ---- beginnings
+
+
+def test_to_resume_the_init_file_is_not_needed(run, undisturbed):
+    expected = undisturbed("simclr")
+    shutil.copy("undisturbed/backbone.pth", "start.pth")
+    interrupted(run, 3, "simclr", "--init", "start.pth")
+    os.remove("start.pth")
+    assert run("simclr", *OUT, "--resume")[::2] == (0, "")
+    assert not same(load("run/backbone.pth"), expected["backbone"])
 
 
 @every_method
