@@ -7,8 +7,8 @@ side only, and a target that changes slowly and gets no gradient.
 
 Each image is augmented twice. The target network, whose weights are an exponential moving average
 (EMA) of the online network's, maps one view to a vector, which the online network and a predictor
-have to produce from the other view. A constant output would minimise the loss, but training does
-not reach it; without the predictor it does (tests/test_byol.py).
+have to produce from the other view. A constant output would have the lowest loss, but training
+does not collapse to it; without the predictor it does (tests/test_byol.py).
 
                ┌─ augment1 ─ view1 ─ backbone ─ features ─ projector ─ predictor ─ p1 ─┐
                │                        │        └─ what is kept                       │
@@ -41,7 +41,7 @@ class BYOL(nn.Module):
 
     backbone: (B, 3, H, W) -> (B, feature_dim). As in the official code, projector and predictor are
     linear with bias, BN, ReLU, linear without bias, and no last BN. The target stays in training
-    mode: it, too, normalises by the batch's statistics, and its running ones are its own.
+    mode: it, too, normalises by the batch's statistics, and keeps running statistics of its own.
     """
 
     def __init__(self, backbone, feature_dim, hidden_dim=4096, proj_dim=256):
@@ -73,7 +73,7 @@ def byol_loss(p1, p2, z1, z2):
         ‖p̄1 - z̄2‖² + ‖p̄2 - z̄1‖²  =  4 - 2 cos(p1, z2) - 2 cos(p2, z1)        with v̄ = v / ‖v‖
 
     z are constants: stop-gradient. Chance level: 4, of vectors at right angles. Some texts write
-    -cos alone, which leaves out the constant.
+    -cos alone, without the constant and the factor 2.
     """
     p1, p2 = F.normalize(p1, dim=1), F.normalize(p2, dim=1)
     z1, z2 = F.normalize(z1.detach(), dim=1), F.normalize(z2.detach(), dim=1)
@@ -148,7 +148,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def cosine(step, total_steps, warmup_steps, peak, end=0.0):
-    """Rises linearly to `peak` over the warm-up, then falls to `end` on half a cosine."""
+    """Rises linearly to `peak` over the warm-up, then moves to `end` on half a cosine."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     t = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -182,7 +182,7 @@ def train(args):
     device = start(args.device, args.seed, args.deterministic)
     train_set, test_set = load_data(args.data, args.image_size, args.max_images, args.workers,
                                     device)
-    args.batch_size = batch_that_fits(args, train_set)
+    args.batch_size = batch_that_fits(args, train_set)  # over all processes
     steps_per_epoch = len(train_set) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
@@ -199,13 +199,13 @@ def train(args):
     augment1 = partial(view, blur=args.blur1, solarize=0.0)
     augment2 = partial(view, blur=args.blur2, solarize=args.solarize2)
     step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
-    network = parallel(model, args.compile)
+    network = parallel(model, args.compile)  # DistributedDataParallel and SyncBN, if of several
     save_views(args, train_set, device, augment1, augment2)
     saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
-    started = step, time.monotonic()
+    started = step, time.monotonic()  # for the speed and the time left
     chance = 4.0
 
-    for step, images, aspect in batches(train_set, args, step, device):
+    for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
         lr = cosine(step, total_steps, warmup_steps, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -271,8 +271,8 @@ def parse_args(argv=None):
 # Sources. imagenet: the paper and deepmind-research/byol for 100 epochs (there batch 4096 and EMA
 # 0.99; the average covers as many images at batch 512 with 0.99^(1/8), arXiv 2307.13813). cifar:
 # the paper's augmentation without blur and an average from 0.99, as in solo-learn; heads, SGD and
-# batch of lightly's CIFAR-10 benchmark, whose loss is a quarter of this one: hence its rate over 4
-# and its decay times 4. demo: measured on the drawn images.
+# batch of lightly's CIFAR-10 benchmark, whose loss is a quarter of this one: hence a quarter of its
+# rate, and four times its decay. demo: measured on the drawn images.
 # Departures from the paper: small crops are bilinear (official: bicubic). Brightness is scaled
 # (official: shifted), contrast is by the mean gray (official: per channel), saturation without HSV.
 # The target starts as a copy (official: from weights of its own, said to make no difference). The

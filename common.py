@@ -49,7 +49,7 @@ def main(train, parse_args, argv=None):
         known = "memory|DataLoader|gloo|NCCL|[Cc]onnection"
         if isinstance(error, RuntimeError) and not re.search(known, str(error)):
             raise
-        time.sleep(10 * (rank() > 0))  # the first process says the same, and torchrun ends this one
+        time.sleep(10 * (rank() > 0))  # the first one prints it, and torchrun ends the others
         print("error:", " ".join(str(error).split())[:500] or "out of memory", file=sys.stderr)
         sys.exit(1)
     finally:
@@ -79,7 +79,7 @@ FLAGS = {
     "out": (str, None, None, "the run's folder; else the next free one in runs/"),
     "resume": (bool, None, None, "continue the run in --out, or the latest one"),
     "init": (str, None, None, "file of backbone weights to start from"),
-    "arch": (architecture, None, None, "resnet8 to resnet152, or widened: resnet18x2; others'"),
+    "arch": (architecture, None, None, "resnet8 to 152, resnet18x2 is wider; or torchvision's"),
     "epochs": (int, 0, 10**6, "passes over the training images"),
     "warmup_epochs": (float, 0, 10**6, "epochs in which the learning rate rises"),
     "batch_size": (int, 2, 10**6, "images per step, over all processes"),
@@ -88,7 +88,7 @@ FLAGS = {
     "image_size": (int, 8, 10**4, "side of a view, in pixels"),
     "max_images": (int, 2, 10**9, "train on only this many images"),
     "workers": (int, 0, 10**3, "processes of this machine that decode images"),
-    "device": (str, None, None, "cpu, cuda, cuda:1; mps and xpu are untried; else CUDA"),
+    "device": (str, None, None, "cpu, cuda, cuda:1; mps and xpu are untried; else CUDA or cpu"),
     "seed": (int, 0, 2**31, "seed of all randomness"),
     "deterministic": (bool, None, None, "bit-exact on CUDA too, but slower"),
     "compile": (bool, None, None, "torch.compile the model"),
@@ -130,8 +130,9 @@ def parse(argv, flags, defaults, doc="", recipe=None):
 
 
 def parse_flags(method, doc, recipes, flags, argv=None):
-    """-> Namespace of a method's arguments, with `method`, and `given`: the flags given by hand,
-    which are read first: they choose the column of recipes, or the saved run, for the others."""
+    """-> Namespace of a method's arguments, with `method`, and `given`: names of those given by
+    hand. They are parsed first, to find the recipe or the saved run that has the others' values.
+    """
     argv = sys.argv[1:] if argv is None else argv
     flags = FLAGS | {"recipe": (recipes["recipe"], *FLAGS["recipe"][1:])} | flags
     given = vars(parse([word for word in argv if word not in ("-h", "--help")], flags, {}))
@@ -186,7 +187,7 @@ def say(line):
 
 
 def start(name, seed, deterministic=False):
-    """Join the processes that torchrun started, if it did; seed -> this process's torch.device."""
+    """Joins torchrun's processes, if any, seeds the generators -> this process's device."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
@@ -219,9 +220,9 @@ class AllSum(torch.autograd.Function):
 
 
 def all_sum(x):
-    """Differentiable sum of a tensor over the processes; the identity on one. Each process computes
-    the same loss from it; the backward sum adds these W equal losses' gradients, and
-    DistributedDataParallel's mean divides by W: no factor appears anywhere."""
+    """Differentiable sum of a tensor over the processes; the identity on one. Each of W processes
+    computes the same loss from it. The backward sum adds their W equal gradients, and
+    DistributedDataParallel's mean divides by W, so that a loss needs no factor."""
     return AllSum.apply(x) if world_size() > 1 else x
 
 
@@ -260,7 +261,8 @@ TEST_FOLDERS = "val", "valid", "validation", "test", "testing"
 
 def to_square(image, side):
     """PIL image -> uint8 (3, side, side), and the aspect (width / height) it had. Turned as EXIF
-    says; transparent is white; the range of gray beyond 8 bits is that of its largest value."""
+    says; transparent is white; gray beyond 8 bits is scaled by the least of 1, 255, 4095 and 65535
+    that its values do not exceed."""
     image.draft(None, (2 * side, 2 * side))  # a JPEG may decode at a fraction of its size
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
@@ -389,7 +391,7 @@ def find_sets(data):
     folders = {path.name.lower(): path for path in sorted(Path(data).glob("[!.]*"))
                if path.is_dir()}
     tests = [folders.pop(name) for name in TEST_FOLDERS if name in folders]
-    first = folders.pop("train", folders.pop("training", None))
+    first = next((folders.pop(name) for name in ("train", "training") if name in folders), None)
     train, test = folder_set(first or data, skip=tests), None
     if not len(train):
         raise Failure(f"no training images below {data} (looked for {' '.join(EXTENSIONS)})")
@@ -399,7 +401,7 @@ def find_sets(data):
         order, count = hash_order(train.names), -(-len(train) // 10)
         test, train = train.subset(sorted(order[:count])), train.subset(sorted(order[count:]))
         test.left_out = []
-    for unused in tests + [*folders.values()] * bool(first):
+    for unused in tests + ([*folders.values()] if first else []):
         train.left_out.append(f"folder {unused.name}/")
     return train, test
 
@@ -440,7 +442,7 @@ def decode(images, side, workers, device):
     """-> the readable images. They stay on the device if they take at most half of its free memory,
     else they are decoded again for each use. Each process decodes its share for all."""
     n, cpu, images.side = len(images), torch.device("cpu"), side
-    if n > 1000 and not images.items:  # the few, and those in memory, are sooner decoded without
+    if n > 1000 and not images.items:  # workers start too slowly for few images
         images.workers = workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     fits = n * 3 * side**2 <= min(free_memory(device), free_memory(cpu)) / 2
     fits = all_sum(torch.tensor(float(fits))) == world_size()
@@ -454,13 +456,11 @@ def decode(images, side, workers, device):
         for part in aspect, *pixels.split(4096):  # in place: no second copy of the set
             dist.all_reduce(part)
     if fits:
-        images.pixels, images.aspect = pixels, aspect
+        images.pixels, images.aspect = pixels.to(device), aspect.to(device)
     if bad := [name for name, value in zip(images.names, aspect.tolist()) if not value]:
         images = images.subset(aspect.nonzero().flatten().tolist())
         names = ", ".join(map(repr, bad[:20])) + ", ..." * (len(bad) > 20)
         images.left_out = [*images.left_out, f"{len(bad)} unreadable ({names})"]
-    if fits:
-        images.pixels, images.aspect = images.pixels.to(device), images.aspect.to(device)
     return images
 
 
@@ -661,6 +661,8 @@ def gaussian_blur(x, p, kernel_size=None, sigma=(0.1, 2.0)):
     sigma = sigma[:, None] * chosen(x, p).flatten(1)
     # On a CPU skip images that stay sharp; on a GPU the host would have to wait for their number.
     rows = sigma[:, 0].nonzero().squeeze(1) if x.device.type == "cpu" else slice(None)
+    if p == 0:
+        return x
     blurred, sigma, x = x[rows], sigma[rows].clamp(min=1e-3), x.clone()
     offset = torch.arange(-radius, radius + 1, device=x.device)
     weights = torch.softmax(-0.5 * (offset / sigma) ** 2, 1)[:, :, None, None, None].unbind(1)
@@ -679,7 +681,7 @@ def random_solarize(x, p, threshold=0.5):
 
 
 def normalize(x):
-    """[0, 1] -> ImageNet's mean 0 and deviation 1, channels last."""
+    """Subtracts ImageNet's mean and divides by its deviation; channels last."""
     channels = zip(x.split(1, 1), IMAGENET_MEAN, IMAGENET_STD)
     x = torch.cat([(channel - mean).div_(std) for channel, mean, std in channels], 1)
     return x.contiguous(memory_format=torch.channels_last)
@@ -731,11 +733,12 @@ class ResNet(torchvision.models.ResNet):
 
 
 def make_backbone(arch, image_size, zero_init_residual=False):
-    """"resnet50", 224 -> a network (B, 3, H, W) -> (B, feature_dim). Views of at most 64 pixels get
-    a ResNet a 3x3 stem without pooling. Others are torchvision's, without their last layer."""
+    """-> a network (B, 3, H, W) -> (B, feature_dim). For views of at most 64 pixels, a ResNet has a
+    3x3 stem without pooling. Other networks are torchvision's, without their last layer."""
     name, _, width = arch.partition("x")
-    if name in DEPTHS and len(DEPTHS[name][1]) == 3:  # for a CPU: resnet20 has twice the width of
-        return ResNet(*DEPTHS[name], 0.5 * float(width or 1), "tiny")  # the paper, half the pixels
+    if name in DEPTHS and len(DEPTHS[name][1]) == 3:
+        # for a CPU: twice the width of the paper's resnet20, half the pixels; nothing starts at 0
+        return ResNet(*DEPTHS[name], 0.5 * float(width or 1), "tiny")
     if name in DEPTHS:
         stem = "cifar" if image_size <= 64 else "imagenet"
         return ResNet(*DEPTHS[name], float(width or 1), stem, zero_init_residual)
@@ -785,15 +788,15 @@ def read_file(path):
 
 
 def save_checkpoint(args, step, images, model, optimizer, backbone):
-    """checkpoint.pth, the whole run after `step` steps, and backbone.pth, what users want of it ->
-    the time."""
+    """Write checkpoint.pth, the whole run after `step` steps, and backbone.pth, the weights to use
+    -> the time."""
     weights, log = model.state_dict(), Path(args.out, "log.jsonl")
     if not torch.stack([value.isfinite().all() for value in weights.values()]).all():
         raise Failure(f"weights are not finite at step {step}: try a lower --lr; {args.out} holds "
                       "an earlier step")
     if rank() == 0:
-        free = "out", "resume", "device", "workers", "given"  # may change without a word
-        saved_args = {name: value for name, value in vars(args).items() if name not in free}
+        unsaved = "out", "resume", "device", "workers", "given"
+        saved_args = {name: value for name, value in vars(args).items() if name not in unsaved}
         save_file(f"{args.out}/checkpoint.pth", {
             "method": args.method, "recipe": args.recipe, "args": saved_args, "step": step,
             "images": fingerprint(images), "log": log.stat().st_size if log.exists() else 0,

@@ -243,16 +243,17 @@ def ema_update(target, online, ema_momentum):
 # --------------------------------------------------------------------------------- augmentation
 
 
-def augment(images, aspect, size, crop_scale, blur, solarize=0.0):
+def augment(images, aspect, size, crop_scale, jitter_strength, blur, solarize=0.0):
     """BYOL's augmentation, for all views: uint8 images (B, 3, S, S), squeezed to squares from
     width / height = aspect (B,) -> views (B, 3, size, size). crop_scale: smallest and largest crop,
     as fractions of the image's area. blur and solarize: fractions of the views."""
     from common import (color_jitter, gaussian_blur, normalize, random_grayscale,
                         random_horizontal_flip, random_resized_crop, random_solarize)
 
+    s = jitter_strength
     x = random_resized_crop(images, aspect, size, scale=crop_scale, interpolation="bicubic")
     x = random_horizontal_flip(x, p=0.5)
-    x = color_jitter(x, 0.4, 0.4, 0.2, 0.1, p=0.8)
+    x = color_jitter(x, 0.4 * s, 0.4 * s, 0.2 * s, 0.1 * s, p=0.8)
     x = random_grayscale(x, p=0.2)
     x = gaussian_blur(x, p=blur, kernel_size=13, sigma=(0.1, 2.0))  # 13: to 3 σ, as PIL does
     x = random_solarize(x, p=solarize)
@@ -263,7 +264,7 @@ def augment(images, aspect, size, crop_scale, blur, solarize=0.0):
 
 
 def cosine(step, total_steps, warmup_steps, peak, end=0.0):
-    """Rises linearly to `peak` over the warm-up, then falls to `end` on half a cosine."""
+    """Rises linearly to `peak` over the warm-up, then moves to `end` on half a cosine."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     t = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -315,7 +316,7 @@ def train(args):
     device = start(args.device, args.seed, args.deterministic)
     train_set, test_set = load_data(args.data, args.image_size, args.max_images, args.workers,
                                     device)
-    args.batch_size = batch_that_fits(args, train_set)
+    args.batch_size = batch_that_fits(args, train_set)  # over all processes
     steps_per_epoch = len(train_set) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
@@ -330,19 +331,20 @@ def train(args):
     backbone = model.teacher["backbone"]  # what is kept
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
-    view = partial(augment, size=args.image_size, crop_scale=(args.crop_scale, 1.0))
-    view1 = partial(view, blur=args.blur)
-    view2 = partial(view, blur=0.1 * args.blur, solarize=args.solarize2)
-    local_view = partial(augment, size=args.local_size, blur=0.5 * args.blur,
+    view = partial(augment, jitter_strength=args.jitter_strength)
+    view1, view2 = (partial(view, size=args.image_size, crop_scale=(args.crop_scale, 1.0),
+                            blur=blur * args.blur, solarize=solarize)
+                    for blur, solarize in ((1, 0.0), (0.1, args.solarize2)))
+    local_view = partial(view, size=args.local_size, blur=0.5 * args.blur,
                          crop_scale=(args.local_crop_scale, args.crop_scale))
     step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
-    network = parallel(model, args.compile)
+    network = parallel(model, args.compile)  # DistributedDataParallel and SyncBN, if of several
     save_views(args, train_set, device, view1, view2, *[local_view] * args.local_views)
     saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
-    started = step, time.monotonic()
+    started = step, time.monotonic()  # for the speed and the time left
     chance = math.log(args.out_dim)
 
-    for step, images, aspect in batches(train_set, args, step, device):
+    for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
         lr = cosine(step, total_steps, warmup_steps, peak_lr, end=1e-6)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -399,6 +401,7 @@ RECIPES = {
     "local_size":                (16,          16,          96),
     "crop_scale":                (0.35,        0.4,         0.4),
     "local_crop_scale":          (0.15,        0.05,        0.05),
+    "jitter_strength":           (1.0,         1.0,         1.0),
     "blur":                      (0.0,         0.0,         1.0),
     "solarize2":                 (0.0,         0.2,         0.2),
     "out_dim":                   (256,         2048,        65536),
@@ -422,6 +425,7 @@ FLAGS = {  # type, lowest, highest, help, the paper's value
     "local_size": (int, 8, 10**4, "side of a local view, in pixels", "96"),
     "crop_scale": (float, 1e-3, 1, "smallest global, largest local crop: fraction of area", "0.4"),
     "local_crop_scale": (float, 1e-3, 1, "smallest local crop: fraction of area", "0.05"),
+    "jitter_strength": (float, 0, 2.5, "strength of the colour jitter, s", "1"),
     "blur": (float, 0, 1, "fraction of first global views blurred (second: × 0.1, local: × 0.5)",
              "1"),
     "solarize2": (float, 0, 1, "fraction of second global views that are solarised", "0.2"),

@@ -218,7 +218,7 @@ def train(args):
     device = start(args.device, args.seed, args.deterministic)
     train_set, test_set = load_data(args.data, args.image_size, args.max_images, args.workers,
                                     device)
-    args.batch_size = batch_that_fits(args, train_set)
+    args.batch_size = batch_that_fits(args, train_set)  # over all processes
     steps_per_epoch = len(train_set) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
@@ -238,7 +238,7 @@ def train(args):
                    invert=args.invert)
     draw = partial(draw_puzzles, view=view, orders=model.orders, tile_size=args.tile_size)
     step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
-    network = parallel(model, args.compile)
+    network = parallel(model, args.compile)  # DistributedDataParallel and SyncBN, if of several
     images, aspect = examples(train_set, device)
     puzzles, order = draw(images, aspect)
     shown = denormalize(puzzles)
@@ -247,10 +247,10 @@ def train(args):
     if rank() == 0:
         save_picture(f"{args.out}/views.png", images / 255, unsolved, solution)
     saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
-    started = step, time.monotonic()
+    started = step, time.monotonic()  # for the speed and the time left
     chance = math.log(len(orders))
 
-    for step, images, aspect in batches(train_set, args, step, device):
+    for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
         lr = stepwise(step, total_steps, warmup_steps, peak_lr, args.lr_drops, args.lr_factor)
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -146,7 +146,7 @@ def sgd_path(features, labels, classes, hidden=None):
 
 
 def linear_probe(train_features, train_labels, test_features, test_labels, path=linear_path):
-    """-> dict: probe (top-1 in percent), chosen (the penalty's strength, or the steps), held_out (by
+    """-> dict: probe (top-1 in percent), chosen (the penalty's strength, or steps), held_out (by
     these, top-1 on a tenth of the training images, before the fit to all). Features (N, C), N at
     least 2, are standardised in place, as by MAE's BN without affine; labels (N,) from 0."""
     def top1(classifier, x, labels):

@@ -273,7 +273,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def cosine(step, total_steps, warmup_steps, peak, end=0.0):
-    """Rises linearly to `peak` over the warm-up, then falls to `end` on half a cosine."""
+    """Rises linearly to `peak` over the warm-up, then moves to `end` on half a cosine."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     t = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -309,7 +309,7 @@ def train(args):
     device = start(args.device, args.seed, args.deterministic)
     train_set, test_set = load_data(args.data, args.image_size, args.max_images, args.workers,
                                     device)
-    args.batch_size = batch_that_fits(args, train_set)
+    args.batch_size = batch_that_fits(args, train_set)  # over all processes
     steps_per_epoch = len(train_set) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
@@ -329,14 +329,14 @@ def train(args):
     augment1 = partial(view, blur=args.blur1, solarize=0.0)
     augment2 = partial(view, blur=args.blur2, solarize=args.solarize2)
     step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
-    network = parallel(model, args.compile, sync_bn=v3)
+    network = parallel(model, args.compile, sync_bn=v3)  # DistributedDataParallel, if of several
     save_views(args, train_set, device, augment1, augment2)
     saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
-    started = step, time.monotonic()
+    started = step, time.monotonic()  # for the speed and the time left
     chance, ema_end = ((2 * 2 * args.temperature * math.log(args.batch_size), 1.0) if v3 else
                        (math.log(1 + args.queue_size), args.ema_momentum))
 
-    for step, images, aspect in batches(train_set, args, step, device):
+    for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
         lr = cosine(step, total_steps, warmup_steps, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr

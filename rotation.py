@@ -144,7 +144,7 @@ def train(args):
     device = start(args.device, args.seed, args.deterministic)
     train_set, test_set = load_data(args.data, args.image_size, args.max_images, args.workers,
                                     device)
-    args.batch_size = batch_that_fits(args, train_set)
+    args.batch_size = batch_that_fits(args, train_set)  # over all processes
     steps_per_epoch = len(train_set) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
@@ -158,16 +158,16 @@ def train(args):
     optimizer = make_optimizer(model, args.weight_decay)
     view = partial(augment, image_size=args.image_size, crop=args.crop, invert=args.invert)
     step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
-    network = parallel(model, args.compile)
+    network = parallel(model, args.compile)  # DistributedDataParallel and SyncBN, if of several
     if rank() == 0:
         images, aspect = examples(train_set, device)
         rotated, _ = rotate_four(denormalize(view(images, aspect)))
         save_picture(f"{args.out}/views.png", images / 255, *rotated.chunk(4))
     saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
-    started = step, time.monotonic()
+    started = step, time.monotonic()  # for the speed and the time left
     chance = math.log(4)
 
-    for step, images, aspect in batches(train_set, args, step, device):
+    for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
         lr = stepwise(step, total_steps, warmup_steps, peak_lr, args.lr_drops, args.lr_factor)
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -170,8 +170,11 @@ def test_tables_of_a_few_runs(tmp_path):
     assert "| `infonce` | 60.0 | 65.0 |  |  |" in tables["losses"]
     assert any("| simclr-0 | `python simclr.py` | 60.0 | 70.0 | 30.0, 40.0 | 20.0, 25.0 |" in line
                for line in tables["runs"])
-    assert measure.score(runs, "simsiam") == "60.0; at random 30.0"
-    assert "81.0 (81.0 to 81.0)" in measure.score(runs, "rotation")
+    assert measure.score(runs, "simsiam") == "kNN 60.0 (untrained 30.0)"
+    assert measure.score(runs, "rotation") == (
+        "probe 75.0 (70.0 to 80.0) (untrained 40.0 (40.0 to 40.0))")
+    runs |= {name.replace("rotation", "mae"): run for name, run in runs.items()}
+    assert measure.score(runs, "mae").startswith("probe of the best stage 81.0 (81.0 to 81.0)")
 
 
 def test_rewrite_changes_only_what_is_between_markers(tmp_path):
@@ -179,7 +182,7 @@ def test_rewrite_changes_only_what_is_between_markers(tmp_path):
     page = ("a\n<!-- table: demo -->\nold\n<!-- end -->\nb <!-- score: simclr -->x<!-- -->\n")
     new = measure.rewrite(page, measure.read_runs(tmp_path))
     assert "old" not in new and "| SimCLR | 60.0" in new
-    assert new.endswith("b <!-- score: simclr -->60.0; at random 30.0<!-- -->\n")
+    assert new.endswith("b <!-- score: simclr -->kNN 60.0 (untrained 30.0)<!-- -->\n")
 
 
 @pytest.mark.parametrize("name, module, attribute", [

@@ -28,7 +28,7 @@ ROOT = HERE.parent.parent
 METHODS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL", "simsiam": "SimSiam", "swav": "SwAV",
            "barlow": "Barlow Twins", "dino": "DINO", "mae": "MAE", "rotation": "Rotation",
            "jigsaw": "Jigsaw"}
-READ_BY_STAGE = {"mae", "rotation", "jigsaw"}  # their papers read a middle layer or patches
+READOUT = {"rotation": "probe", "jigsaw": "probe", "mae": "probe of the best stage"}  # else kNN
 LOSSES = "nt-xent", "infonce", "nce", "flatnce", "debiased", "hard", "alignment"
 
 # ------------------------------------------------------------------------------------- ablations
@@ -256,13 +256,13 @@ def group_table(runs, suffix=""):
 
 
 def score(runs, method):
-    """For the project's README: kNN, or the probe of the best stage, and the random network's."""
-    own = seeds(runs, method)
-    stage, key = (method in READ_BY_STAGE), (1 if method in READ_BY_STAGE else 0)
+    """For the project's README: top-1 by the readout that suits the method, and untrained."""
+    own, what = seeds(runs, method), READOUT.get(method, "kNN")
     if not own:
         return ""
-    trained, random = (accuracy(own, name, stage)[key] for name in ("trained", "random"))
-    return f"{'probe of the best stage ' * stage}{trained}; at random {random}"
+    trained, random = (accuracy(own, name, "stage" in what)["probe" in what]
+                       for name in ("trained", "random"))
+    return f"{what} {trained} (untrained {random})"
 
 
 def loss_table(runs):
