@@ -332,9 +332,9 @@ def train(args):
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
     view = partial(augment, jitter_strength=args.jitter_strength)
-    view1, view2 = (partial(view, size=args.image_size, crop_scale=(args.crop_scale, 1.0),
-                            blur=blur * args.blur, solarize=solarize)
-                    for blur, solarize in ((1, 0.0), (0.1, args.solarize2)))
+    whole = partial(view, size=args.image_size, crop_scale=(args.crop_scale, 1.0))
+    view1 = partial(whole, blur=args.blur)
+    view2 = partial(whole, blur=0.1 * args.blur, solarize=args.solarize2)
     local_view = partial(view, size=args.local_size, blur=0.5 * args.blur,
                          crop_scale=(args.local_crop_scale, args.crop_scale))
     step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
@@ -342,7 +342,6 @@ def train(args):
     save_views(args, train_set, device, view1, view2, *[local_view] * args.local_views)
     saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
     started = step, time.monotonic()  # for the speed and the time left
-    chance = math.log(args.out_dim)
 
     for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
         lr = cosine(step, total_steps, warmup_steps, peak_lr, end=1e-6)
@@ -371,8 +370,8 @@ def train(args):
 
         done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
-            log(args, done, total_steps, started, lr, loss, chance, entropy=entropy,
-                kl=loss - entropy)
+            log(args, done, total_steps, started, lr, loss, chance=math.log(args.out_dim),
+                entropy=entropy, kl=loss - entropy)
         if epoch_ends or time.monotonic() - saved > 600:
             saved = save_checkpoint(args, done, train_set, model, optimizer, backbone)
     save_attention(args, backbone, train_set, device)
