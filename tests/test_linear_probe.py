@@ -1,8 +1,8 @@
 """The evaluation against independent calculations; every file layout; the command."""
 
 import argparse
-import copy
 import functools
+import itertools
 import math
 import re
 from functools import partial
@@ -129,27 +129,26 @@ def test_the_best_held_out_setting_is_fitted_again_on_all_images():
     assert report["probe"] != top1(rest, test_x, test_y)[report["chosen"]]
 
 
+def few_steps(*given, count=5, **options):
+    return itertools.islice(sgd_path(*given, **options), count)
+
+
 def test_an_mlp_solves_what_no_linear_classifier_can():
     """The class is the sign of a product. After 10 steps an MLP has not learned it."""
-    x, test_x = torch.randn(2, 3000, 2, generator=torch.Generator().manual_seed(0))
+    x, test_x = torch.randn(2, 1000, 2, generator=torch.Generator().manual_seed(0))
     y, test_y = ((z[:, 0] * z[:, 1] > 0).long() for z in (x, test_x))
     given = x.clone(), y, test_x.clone(), test_y
     assert linear_probe(*given)["probe"] < 60
-    mlp = linear_probe(*given, partial(sgd_path, hidden=64))
-    assert mlp["probe"] > 95 and mlp["held_out"][10] < 90 < mlp["held_out"][mlp["chosen"]]
+    mlp = linear_probe(*given, partial(few_steps, hidden=64))
+    assert mlp["probe"] > 90 and mlp["held_out"][10] < 85 < mlp["held_out"][mlp["chosen"]]
 
 
-def test_steps_approach_the_converged_probe():
+def test_steps_of_the_probe_lower_its_loss():
     x, y = clusters(300, 3, 20, seed=0, noise=3)
-    test_x, test_y = clusters(600, 3, 20, seed=1, noise=3)
-    given = x.clone(), y, test_x.clone(), test_y
-    steps = dict(sgd_path(*given[:2], 3))
-    assert list(steps) == [10, 30, 100, 300, 1000, 3000, 10_000]
-    losses = [F.cross_entropy(classifier(x), y).item() for classifier in
-              (copy.deepcopy(c) for _, c in sgd_path(*given[:2], 3))]
-    assert losses[:5] == sorted(losses[:5], reverse=True)
-    assert linear_probe(*given, sgd_path)["probe"] == pytest.approx(
-        linear_probe(*given)["probe"], abs=5)
+    losses = {steps: F.cross_entropy(classifier(x), y).item()
+              for steps, classifier in few_steps(x, y, 3)}
+    assert list(losses) == [10, 30, 100, 300, 1000]
+    assert list(losses.values()) == sorted(losses.values(), reverse=True)
 
 
 # ----------------------------------------------------------------------------------- diagnostics
@@ -232,7 +231,8 @@ def test_stages():
 # ---------------------------------------------------------------------------------------- report
 
 
-def test_report(capsys):
+def test_report(capsys, monkeypatch):
+    monkeypatch.setattr(probe_file, "sgd_path", partial(few_steps, count=2))
     train, test = (Images([0, 1, 2] * 12 + [-1], by_class=True, seed=s) for s in (0, 1))
     networks = [common.make_backbone("resnet8", 16) for _ in range(2)]
     plain = evaluate(*networks, train, test, 16, CPU)
@@ -538,7 +538,8 @@ def command(tmp_path, capsys):
     return call
 
 
-def test_command(class_folders, command):
+def test_command(class_folders, command, monkeypatch):
+    monkeypatch.setattr(probe_file, "sgd_path", partial(few_steps, count=2))
     status, out, err = command("--data", class_folders, "--layers", "--max-images", 20)
     assert status == 0 and not err and any("best stage" in line for line in out)
     assert sum(line.startswith("kNN") for line in out) == 9
