@@ -17,7 +17,7 @@ does not collapse to it; without the predictor it does (tests/test_byol.py).
                └─ augment2 ─ view2 ─ backbone ─ features ─ projector ─ stop-gradient z2 ┘
                                                            and with the views exchanged
 
-Run      python byol.py                         demonstration: built-in images, CPU, a minute
+Run      python byol.py                         demonstration: drawn images, CPU, two minutes
          python byol.py --data path             a folder of images, or cifar10
          torchrun --nproc-per-node=8 byol.py --data path
 Reuse    from byol import BYOL, byol_loss, ema_update, LARS, cosine       (needs torch only)
@@ -234,16 +234,16 @@ RECIPES = {
     "arch":            ("resnet8",  "resnet18", "resnet50"),
     "image_size":      (32,         32,         224),
     "epochs":          (8,          200,        100),
-    "warmup_epochs":   (0.5,        10,         10),
+    "warmup_epochs":   (1,          10,         10),
     "batch_size":      (32,         512,        512),
     "optimizer":       ("sgd",      "sgd",      "lars"),
     "lr":              (0.8,        0.03,       0.45),
     "weight_decay":    (5e-4,       2e-3,       1e-6),
-    "ema_momentum":    (0.9,        0.99,       0.9987),
+    "ema_momentum":    (0.95,       0.99,       0.9987),
     "hidden_dim":      (512,        1024,       4096),
     "proj_dim":        (256,        256,        256),
     "crop_scale":      (0.35,       0.08,       0.08),
-    "jitter_strength": (2.0,        1.0,        1.0),
+    "jitter_strength": (1.0,        1.0,        1.0),
     "blur1":           (0.0,        0.0,        1.0),
     "blur2":           (0.0,        0.0,        0.1),
     "solarize2":       (0.0,        0.2,        0.2),

@@ -14,7 +14,7 @@ that it is not enough to continue lines and textures: one has to recognise what 
                   │       mask token in empty places ┘                        ├─ squared error
                   └─ the removed ones, each normalised ───────────────────────┘
 
-Run      python mae.py                          demonstration: built-in images, CPU, a minute
+Run      python mae.py                          demonstration: drawn images, CPU, two minutes
          python mae.py --data path              a folder of images, or cifar10
          torchrun --nproc-per-node=8 mae.py --data path
 Reuse    from mae import MAE, ViT, mae_loss, cosine             (needs torch only)
@@ -379,10 +379,10 @@ RECIPES = {
     "arch":            ("vit_micro", "vit_tiny", "vit_base"),
     "patch_size":      (4,           4,          16),
     "image_size":      (32,          32,         224),
-    "epochs":          (20,          800,        800),
+    "epochs":          (8,           800,        800),
     "warmup_epochs":   (1,           40,         40),
-    "batch_size":      (64,          512,        1024),
-    "lr":              (3e-3,        3e-4,       1.5e-4),
+    "batch_size":      (32,          512,        1024),
+    "lr":              (6e-3,        3e-4,       1.5e-4),
     "weight_decay":    (0.05,        0.05,       0.05),
     "objective":       ("mae",       "mae",      "mae"),
     "mask_ratio":      (0.75,        0.75,       0.75),

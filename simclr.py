@@ -13,7 +13,7 @@ backbone learns features that the augmentation does not change and that tell ima
                   └─ augment ─ view2 ─ backbone ─ features ─ projector ─ z2 ─┘
                                                  └─ what is kept
 
-Run      python simclr.py                       demonstration: built-in images, CPU, a minute
+Run      python simclr.py                       demonstration: drawn images, CPU, a minute
          python simclr.py --data path           a folder of images, or cifar10
          torchrun --nproc-per-node=8 simclr.py --data path
 Reuse    from simclr import SimCLR, simclr_loss, LARS, cosine         (needs torch only)
@@ -294,12 +294,12 @@ RECIPES = {
     "recipe":          ("demo",     "cifar",    "imagenet"),
     "arch":            ("resnet8",  "resnet18", "resnet50"),
     "image_size":      (32,         32,         224),
-    "epochs":          (5,          200,        100),
-    "warmup_epochs":   (0.5,        10,         10),
-    "batch_size":      (64,         512,        512),
+    "epochs":          (6,          200,        100),
+    "warmup_epochs":   (1,          10,         10),
+    "batch_size":      (32,         512,        512),
     "loss":            ("nt-xent",  "nt-xent",  "nt-xent"),
     "optimizer":       ("sgd",      "sgd",      "lars"),
-    "lr":              (0.48,       0.12,       0.85),
+    "lr":              (0.12,       0.12,       0.85),
     "weight_decay":    (5e-4,       5e-4,       1e-4),
     "temperature":     (0.2,        0.5,        0.1),
     "proj_layers":     (2,          2,          2),

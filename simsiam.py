@@ -15,7 +15,7 @@ together (tests/test_simsiam.py).
                └─ augment ─ view2 ─ backbone ─ features ─ projector ─ z2 ─ stop-gradient ──┘
                                               └─ what is kept     and with the views exchanged
 
-Run      python simsiam.py                      demonstration: built-in images, CPU, a minute
+Run      python simsiam.py                      demonstration: drawn images, CPU, two minutes
          python simsiam.py --data path          a folder of images, or cifar10
          torchrun --nproc-per-node=8 simsiam.py --data path
 Reuse    from simsiam import SimSiam, simsiam_loss, cosine       (needs torch only)
@@ -179,8 +179,8 @@ RECIPES = {
     "recipe":          ("demo",     "cifar",    "imagenet"),
     "arch":            ("resnet8",  "resnet18", "resnet50"),
     "image_size":      (32,         32,         224),
-    "epochs":          (5,          800,        100),
-    "warmup_epochs":   (0,          0,          0),
+    "epochs":          (7,          800,        100),
+    "warmup_epochs":   (1,          0,          0),
     "batch_size":      (64,         512,        512),
     "lr":              (0.6,        0.03,       0.05),
     "weight_decay":    (5e-4,       5e-4,       1e-4),

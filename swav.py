@@ -15,7 +15,7 @@ equally likely. Every other view of the image then learns to predict a large vie
               └─ small views   (likewise)  └─ z of unit length     and s, t swapped
                                  └─ what is kept
 
-Run      python swav.py                         demonstration: built-in images, CPU, a minute
+Run      python swav.py                         demonstration: drawn images, CPU, two minutes
          python swav.py --data path             a folder of images, or cifar10
          torchrun --nproc-per-node=8 swav.py --data path
 Reuse    from swav import SwAV, sinkhorn, swav_loss, LARS, cosine       (needs torch only)
@@ -293,11 +293,11 @@ RECIPES = {
     "recipe":              ("demo",    "cifar",    "imagenet"),
     "arch":                ("resnet8", "resnet18", "resnet50"),
     "image_size":          (32,        32,         224),
-    "epochs":              (5,         200,        200),
-    "warmup_epochs":       (0.5,       0,          0),
+    "epochs":              (8,         200,        200),
+    "warmup_epochs":       (1,         0,          0),
     "batch_size":          (128,       512,        256),
     "optimizer":           ("adam",    "adam",     "lars"),
-    "lr":                  (1e-2,      2e-3,       0.6),
+    "lr":                  (5e-3,      2e-3,       0.6),
     "weight_decay":        (1e-6,      1e-6,       1e-6),
     "temperature":         (0.1,       0.1,        0.1),
     "epsilon":             (0.02,      0.05,       0.05),
