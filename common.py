@@ -1,5 +1,5 @@
 """What the ten method files share: plain functions, in sections that can each be read alone: errors
-and flags, processes, data, built-in images, augmentation, backbones, around the step."""
+and flags, processes, data, drawn images, augmentation, backbones, around the step."""
 
 import argparse
 import copy
@@ -504,7 +504,7 @@ def load_data(data, image_size, max_images=None, workers=0, device=torch.device(
     return train, test
 
 
-# ------------------------------------------------------------------------------ built-in images
+# --------------------------------------------------------------------------------- drawn images
 # For the demonstration: procedural, offline. The class is the pattern of a relief; tint, contrast,
 # scale and angle say nothing about it, brightness little. Light falls from above, as from a sky.
 

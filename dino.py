@@ -465,7 +465,7 @@ def parse_args(argv=None):
 # --crop-scale 0.14 --teacher-temperature 0.04. cifar: the paper's values for ViTs, on a ResNet-18,
 # with K and the head's BN of lightly's CIFAR-10 benchmark; never run. demo: no local views, few
 # classes, low temperatures, a teacher and a center that follow the student within a few steps: the
-# best of what was tried on the built-in images, and still weak.
+# best of what was tried on the drawn images, and still weak.
 #
 # Departures from the paper: none in the loss. From the official code: the teacher's temperature
 # rises by the step (official: by the epoch); blur is a true Gaussian (official: PIL's); position

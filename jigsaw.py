@@ -326,7 +326,7 @@ def parse_args(argv=None):
 
 # Sources. imagenet: vissl's ResNet-50 (rate falls at epochs 30, 60, 90 and 100; its probe is better
 # with 100 permutations than with 2000). cifar: no recipe is published; tiles as at 255 pixels in
-# proportion, not tuned. demo: measured on the built-in images.
+# proportion, not tuned. demo: measured on the drawn images.
 #
 # Departures from the papers: ResNets (paper: AlexNet), with the head of Kolesnikov et al. (2019)
 # without its dropout; images are flipped, as in vissl; the channels of a tile are not jittered. A

@@ -87,7 +87,7 @@ def augment(images, aspect, image_size, crop, invert):
     (B, 3, image_size, image_size), which are rotated afterwards.
 
     crop: "shift", the authors' augmentation of CIFAR, or "resized", theirs of ImageNet. invert: the
-    fraction of views made negatives (not in the paper). The light on the built-in images falls from
+    fraction of views made negatives (not in the paper). The light on the drawn images falls from
     above; its direction alone would tell the rotation, were it not reversed in half of the views.
     """
     from common import (central_crop, normalize, random_horizontal_flip, random_resized_crop,
@@ -222,7 +222,7 @@ def parse_args(argv=None):
 # Sources. cifar: gidariss/FeatureLearningRotNet (rate 0.1 for 128 images; falls at epochs 60, 120
 # and 160), with a ResNet. imagenet: mmselfsup's ResNet-50 (rate 0.2 for 128 images; falls at epochs
 # 30 and 50). The paper's AlexNet has 50 epochs of batch 192, rate 0.01, a tenth of it from epochs
-# 15, 30 and 45 on, weight decay 5e-4 and no warm-up. demo: measured on the built-in images.
+# 15, 30 and 45 on, weight decay 5e-4 and no warm-up. demo: measured on the drawn images.
 #
 # Departures from the paper: ResNets (paper: NIN and AlexNet), with one linear layer on the pooled
 # features; pixels are normalised with ImageNet's mean and std on CIFAR, too.

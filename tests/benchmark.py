@@ -295,14 +295,14 @@ def start(args):
     imports = [sys.executable, "-c", "import torch, torchvision"]
     figures, gemm = alternate({
         "imports": lambda: timeit(lambda: subprocess.run(imports, check=True), number=1),
-        "first step, built-in images": first,
+        "first step, drawn images": first,
         "first step, --data": lambda: first("--data", args.data)}, args.rounds)
     steps = RECIPES["epochs"][0] * (5000 // RECIPES["batch_size"][0])
     (found, _), report = timed_steps("simclr", ["--epochs", "50"], 2, 20), script("simclr", [])
     bare = steps * median(bare for _, bare, _ in found)
     show("Start of simclr.py", [
         *({"to": name, "seconds": median(f)} for name, f in figures.items()),
-        {"to": "report, built-in images", "seconds": report["end, s"], **report["memory"]},
+        {"to": "report, drawn images", "seconds": report["end, s"], **report["memory"]},
         {"to": "as many steps without augmentation", "seconds": bare}], gemm)
 
 

@@ -1,4 +1,4 @@
-"""Image files of all kinds, folders, torchvision sets, streaming, the built-in set."""
+"""Image files of all kinds, folders, torchvision sets, streaming, the drawn set."""
 
 import os
 import re
@@ -415,7 +415,7 @@ def test_max_images(class_folders):
     assert len(load_data(class_folders, image_size=32, max_images=100)[0]) == 24
 
 
-# ---- the built-in set
+# ---- the drawn set
 
 # Mean gray level of each class over the training images. To be renewed with the set:
 # [round(train.pixels[train.labels == c].float().mean().item()) for c in range(10)]

@@ -28,7 +28,7 @@ ROOT = HERE.parent.parent
 METHODS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL", "simsiam": "SimSiam", "swav": "SwAV",
            "barlow": "Barlow Twins", "dino": "DINO", "mae": "MAE", "rotation": "Rotation",
            "jigsaw": "Jigsaw"}
-READOUT = {"rotation": "probe", "jigsaw": "probe", "mae": "probe of the best stage"}  # else kNN
+READOUT = {"rotation": "probe", "jigsaw": "probe", "mae": "kNN of the best stage"}  # else kNN
 LOSSES = "nt-xent", "infonce", "nce", "flatnce", "debiased", "hard", "alignment"
 
 # ------------------------------------------------------------------------------------- ablations
