@@ -463,9 +463,9 @@ def parse_args(argv=None):
 # By default, and in its results after 100 epochs, that code keeps the teacher at 0.04. Its
 # ResNet-50: --arch resnet50 --optimizer sgd --lr 0.03 --weight-decay 1e-4 --weight-decay-end 1e-4
 # --crop-scale 0.14 --teacher-temperature 0.04. cifar: the paper's values for ViTs, on a ResNet-18,
-# with K and the head's BN of lightly's CIFAR-10 benchmark; never run. demo: no local views, few
-# classes, low temperatures, a teacher and a center that follow the student within a few steps: the
-# best of what was tried on the drawn images, and still weak.
+# with K and the head's BN of lightly's CIFAR-10 benchmark; never run. demo: measured on the drawn
+# images. What counts there is a strong jitter: with the paper's, the classes that the teacher finds
+# are tints. Its temperature is lower, as few steps have to sharpen its output.
 #
 # Departures from the paper: none in the loss. From the official code: the teacher's temperature
 # rises by the step (official: by the epoch); blur is a true Gaussian (official: PIL's); position
