@@ -27,6 +27,7 @@ def test_timed_steps(monkeypatch):
     assert flop[0] == pytest.approx(flop[1], rel=0.01)  # but for the logits' B²
 
 
+@pytest.mark.torture
 def test_script_that_is_stopped():
     found = benchmark.script("rotation", TINY[:-1], 8, 10)
     assert 0 < found["first step, s"] < found["end, s"] and found["images/s"] > 0

@@ -120,8 +120,10 @@ def test_two_processes_equal_one_and_only_the_first_writes(folder, method):
 
 @pytest.mark.parametrize("world, method, flags", [
     (2, "moco", ["--version", "1", "--bn-groups", "4", "--queue-size", "20"]),  # wraps round
-    (2, "barlow", ["--loss", "vicreg"]), (2, "dino", VIT), (4, "simclr", []), (4, "moco", V3),
+    (2, "barlow", ["--loss", "vicreg"]), (4, "simclr", []),
     (4, "swav", ["--queue-size", "16", "--queue-epoch", "0", "--small-crops", "2"]),
+    pytest.param(2, "dino", VIT, marks=pytest.mark.torture),
+    pytest.param(4, "moco", V3, marks=pytest.mark.torture),
     pytest.param(4, "moco", ["--bn-groups", "4"], marks=pytest.mark.torture),
     pytest.param(4, "barlow", ["--loss", "vicreg"], marks=pytest.mark.torture),
     pytest.param(4, "dino", ["-a", "vit_micro", *SOFT], marks=pytest.mark.torture)])

@@ -402,8 +402,9 @@ def test_a_pickled_network_is_named_with_the_way_out(tmp_path):
             load_backbone(tmp_path / path)
 
 
-@pytest.mark.parametrize("name, prefix", [("vgg11_bn", ""), ("regnet_y_400mf", "model.backbone."),
-                                          ("convnext_tiny", ""), ("resnext50_32x4d", "module.")])
+@pytest.mark.parametrize("name, prefix", [
+    ("regnet_y_400mf", "model.backbone."), *(pytest.param(*pair, marks=pytest.mark.torture) for pair in
+    (("vgg11_bn", ""), ("convnext_tiny", ""), ("resnext50_32x4d", "module.")))])
 def test_arch_names_another_network_of_torchvision(name, prefix, tmp_path):
     network = common.make_backbone(name, 32).eval()
     torch.save(under(prefix, network.state_dict()), tmp_path / "file.pth")
@@ -449,7 +450,8 @@ VITS = {
 
 
 @pytest.mark.parametrize("module", [dino, mae])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES[:2],
+                                   pytest.param(SHAPES[2], marks=pytest.mark.torture)])
 @torch.no_grad()
 def test_features_and_stages_of_a_vit(shape, module, tmp_path):
     theirs, x = vit_reference(module, *shape), torch.randn(3, 3, shape[0], shape[0])
