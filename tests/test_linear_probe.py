@@ -403,8 +403,10 @@ def test_a_pickled_network_is_named_with_the_way_out(tmp_path):
 
 
 @pytest.mark.parametrize("name, prefix", [
-    ("regnet_y_400mf", "model.backbone."), *(pytest.param(*pair, marks=pytest.mark.torture) for pair in
-    (("vgg11_bn", ""), ("convnext_tiny", ""), ("resnext50_32x4d", "module.")))])
+    ("regnet_y_400mf", "model.backbone."),
+    pytest.param("vgg11_bn", "", marks=pytest.mark.torture),
+    pytest.param("convnext_tiny", "", marks=pytest.mark.torture),
+    pytest.param("resnext50_32x4d", "module.", marks=pytest.mark.torture)])
 def test_arch_names_another_network_of_torchvision(name, prefix, tmp_path):
     network = common.make_backbone(name, 32).eval()
     torch.save(under(prefix, network.state_dict()), tmp_path / "file.pth")
