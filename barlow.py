@@ -222,7 +222,7 @@ def train(args):
     peak_lrs = args.lr * args.batch_size / 256, args.lr_biases * args.batch_size / 256
 
     backbone = make_backbone(args.arch, args.image_size, zero_init_residual=True)
-    initial = copy.deepcopy(backbone)  # the report's baseline
+    untrained = copy.deepcopy(backbone)  # the report's baseline
     load_init(backbone, args.init)
     model = BarlowTwins(backbone, backbone.feature_dim, args.proj_dim)
     model.to(device, memory_format=torch.channels_last)
@@ -234,7 +234,7 @@ def train(args):
     step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
     network = parallel(model, args.compile)  # DistributedDataParallel and SyncBN, if of several
     save_views(args, train_set, device, augment1, augment2)
-    saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
+    saved_at = save_checkpoint(args, step, train_set, model, optimizer, backbone)
     started = step, time.monotonic()  # for the speed and the time left
     chance = args.proj_dim if args.loss == "barlow" else 0.99 * args.variance_weight  # constant z
 
@@ -258,9 +258,9 @@ def train(args):
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
             lr = optimizer.param_groups[0]["lr"]
             log(args, done, total_steps, started, lr, loss, chance, **health(z1, z2))
-        if epoch_ends or time.monotonic() - saved > 600:
-            saved = save_checkpoint(args, done, train_set, model, optimizer, backbone)
-    report = evaluate(backbone, initial, train_set, test_set, args.image_size, device)
+        if epoch_ends or time.monotonic() - saved_at > 600:
+            saved_at = save_checkpoint(args, done, train_set, model, optimizer, backbone)
+    report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device)
     write_log(args, {"step": total_steps, "report": report})
 
 

@@ -233,8 +233,8 @@ def gather(x):
 
 
 def uniform(n, *shape, device, low=0.0, high=1.0):
-    """(n, *shape): this process's rows of a draw for the total batch, which all make from the same
-    seed, so that an image's numbers depend on its position in the total batch alone."""
+    """(n, *shape): this process's rows of a draw for the total batch, which all processes make from
+    the same seed: an image's numbers depend on its position in the total batch alone."""
     draw = torch.empty(n * world_size(), *shape, device=device).uniform_(low, high)
     return draw[rank() * n :][:n]
 
@@ -418,7 +418,7 @@ def median_side(images):
 
 
 def free_memory(device):
-    """Free bytes of a GPU; of a CPU, a process's share of half the machine's or the container's."""
+    """Free bytes of a GPU; of a CPU, half the machine's or container's, per process."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     total = 8e9  # where nobody says
@@ -465,7 +465,7 @@ def decode(images, side, workers, device):
 
 
 def describe(images, device):
-    """A line that would show a misreading; Failure for images that are all of one colour."""
+    """-> a line that would show a misreading; Failure for images that are all of one colour."""
     if not images:
         raise Failure(f"{images.origin}: nothing to read; {'; '.join(images.left_out)}")
     some, _ = next(images.load([range(0, len(images), -(-len(images) // 50))], device))
@@ -546,9 +546,9 @@ def drawn_set(name, count, seed):
 
 
 # --------------------------------------------------------------------------------- augmentation
-# Each takes a batch x (B, 3, H, W), floats in [0, 1], and draws parameters for every image by
-# itself; at the same parameters it equals torchvision's function of the same name. Departures from
-# a torchvision pipeline: crops are resampled from the square canvas, whose size caps their detail;
+# Each takes a batch x (B, 3, H, W), floats in [0, 1], and draws parameters for each image alone.
+# At the same parameters it equals torchvision's function of the same name. Departures from a
+# torchvision pipeline: crops are resampled from the square canvas, whose size caps their detail;
 # values stay float between operations; the operations of the jitter have one order per batch.
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -596,7 +596,7 @@ def random_resized_crop(images, aspect, size, scale, interpolation="bilinear"):
 def central_crop(images, aspect, size):
     """The original's central square: 7/8 of the short side (256 -> 224), all of it up to 64."""
     side = images.shape[3] * (7 / 8 if size > 64 else 1)
-    sides = side * torch.stack([aspect.clamp(max=1), (1 / aspect).clamp(max=1)], 1)
+    sides = side * torch.stack([aspect.clamp(1e-3, 1), (1 / aspect).clamp(max=1)], 1)
     return resized_crop(images, torch.cat([(images.shape[3] - sides) / 2, sides], 1), size)
 
 
@@ -624,7 +624,8 @@ def random_grayscale(x, p=0.2):
 
 
 def color_jitter(x, brightness, contrast, saturation, hue, p=0.8):
-    """Factors 1 ± strength (at most 1), hue ± strength (1/2); four operations in random order."""
+    """Factors lie in 1 ± strength (at most 1), hue turns by ± strength (at most 1/2); the order of
+    the four operations is random."""
     u = uniform(len(x), 4, device=x.device, low=-1) * chosen(x, p).flatten(1)
     for i in torch.randperm(4).tolist():
         strength = (brightness, contrast, saturation, hue)[i]
@@ -737,7 +738,7 @@ def make_backbone(arch, image_size, zero_init_residual=False):
     3x3 stem without pooling. Other networks are torchvision's, without their last layer."""
     name, _, width = arch.partition("x")
     if name in DEPTHS and len(DEPTHS[name][1]) == 3:
-        # for a CPU: twice the width of the paper's resnet20, half the pixels; nothing starts at 0
+        # for a CPU: twice the width of the paper's resnet20, half the pixels; no BN starts at 0
         return ResNet(*DEPTHS[name], 0.5 * float(width or 1), "tiny")
     if name in DEPTHS:
         stem = "cifar" if image_size <= 64 else "imagenet"
@@ -757,7 +758,7 @@ def make_backbone(arch, image_size, zero_init_residual=False):
 
 @contextmanager
 def writing(path):
-    """Names the file in what can go wrong with a disk."""
+    """Turns a disk's error into a Failure that names the file."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
@@ -808,18 +809,26 @@ def save_checkpoint(args, step, images, model, optimizer, backbone):
 
 def load_checkpoint(args, images, model, optimizer):
     """Restore the run in --out, if there is one, and cut its log back to it -> the steps done."""
-    os.makedirs(args.out, exist_ok=True)
+    if rank() == 0:  # a folder that another run has made since its name was chosen is an error
+        os.makedirs(args.out, exist_ok=bool({"out", "resume"} & {*args.given}))
     if not os.path.exists(f"{args.out}/checkpoint.pth"):
         say(f"--recipe {args.recipe}, --out {args.out}")
         return 0
     saved, log = read_file(f"{args.out}/checkpoint.pth"), f"{args.out}/log.jsonl"
     if saved["images"] != fingerprint(images):
         raise Failure(f"{args.out} was trained on {saved['images']}, not {fingerprint(images)}")
+    for name in "batch_size", "optimizer":
+        if saved["args"].get(name) != vars(args).get(name):
+            raise Failure(f"--{name.replace('_', '-')} {vars(args)[name]}: the run in {args.out} "
+                          f"has {saved['args'][name]}, which a resumed one cannot change")
     if args.epochs * (len(images) // args.batch_size) < saved["step"]:
         raise Failure(f"--epochs {args.epochs}: the run in {args.out} is beyond them already")
+    fresh = [{**group, "params": None} for group in optimizer.param_groups]  # with given decay
     try:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+        for group, values in zip(optimizer.param_groups, fresh):
+            group.update({**values, "params": group["params"]})
     except (KeyError, RuntimeError, ValueError) as error:
         raise Failure(f"{args.out}/checkpoint.pth does not fit this model: {error}")
     changed = [f"--{name.replace('_', '-')}" for name in args.given

@@ -255,7 +255,7 @@ def augment(images, aspect, size, crop_scale, jitter_strength, blur, solarize=0.
     x = random_horizontal_flip(x, p=0.5)
     x = color_jitter(x, 0.4 * s, 0.4 * s, 0.2 * s, 0.1 * s, p=0.8)
     x = random_grayscale(x, p=0.2)
-    x = gaussian_blur(x, p=blur, kernel_size=13, sigma=(0.1, 2.0))  # 13: to 3 σ, as PIL does
+    x = gaussian_blur(x, p=blur, kernel_size=13, sigma=(0.1, 2.0))  # 13: 3 σ of the largest
     x = random_solarize(x, p=solarize)
     return normalize(x)
 
@@ -324,7 +324,7 @@ def train(args):
 
     backbone = (ViT(args.image_size, args.patch_size, *VITS[args.arch], args.drop_path)
                 if args.arch in VITS else make_backbone(args.arch, args.image_size))
-    initial = copy.deepcopy(backbone)  # the report's baseline
+    untrained = copy.deepcopy(backbone)  # the report's baseline
     load_init(backbone, args.init)
     model = DINO(backbone, backbone.feature_dim, args.out_dim, args.hidden_dim,
                  head_bn=args.head_bn)
@@ -340,7 +340,7 @@ def train(args):
     step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
     network = parallel(model, args.compile)  # DistributedDataParallel and SyncBN, if of several
     save_views(args, train_set, device, view1, view2, *[local_view] * args.local_views)
-    saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
+    saved_at = save_checkpoint(args, step, train_set, model, optimizer, backbone)
     started = step, time.monotonic()  # for the speed and the time left
 
     for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
@@ -372,10 +372,10 @@ def train(args):
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
             log(args, done, total_steps, started, lr, loss, chance=math.log(args.out_dim),
                 entropy=entropy, kl=loss - entropy)
-        if epoch_ends or time.monotonic() - saved > 600:
-            saved = save_checkpoint(args, done, train_set, model, optimizer, backbone)
+        if epoch_ends or time.monotonic() - saved_at > 600:
+            saved_at = save_checkpoint(args, done, train_set, model, optimizer, backbone)
     save_attention(args, backbone, train_set, device)
-    report = evaluate(backbone, initial, train_set, test_set, args.image_size, device)
+    report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device)
     write_log(args, {"step": total_steps, "report": report})
 
 

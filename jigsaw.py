@@ -226,7 +226,7 @@ def train(args):
 
     # With the stem for whole images, not for tiles: they are what the backbone will be used on.
     backbone = make_backbone(args.arch, args.image_size)
-    initial = copy.deepcopy(backbone)  # the report's baseline
+    untrained = copy.deepcopy(backbone)  # the report's baseline
     load_init(backbone, args.init)
     orders = relative_pairs()
     if args.task == "jigsaw":
@@ -246,7 +246,7 @@ def train(args):
     solution = lay_out(shown, model.orders[order])
     if rank() == 0:
         save_picture(f"{args.out}/views.png", images / 255, unsolved, solution)
-    saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
+    saved_at = save_checkpoint(args, step, train_set, model, optimizer, backbone)
     started = step, time.monotonic()  # for the speed and the time left
     chance = math.log(len(orders))
 
@@ -270,11 +270,12 @@ def train(args):
             with torch.no_grad():
                 found = model.eval()(normalize_tiles(puzzles)).argmax(1)
             save_picture(f"{args.out}/puzzles.png", unsolved, lay_out(shown, model.orders[found]))
-        if epoch_ends or time.monotonic() - saved > 600:
-            saved = save_checkpoint(args, done, train_set, model, optimizer, backbone)
+        if epoch_ends or time.monotonic() - saved_at > 600:
+            saved_at = save_checkpoint(args, done, train_set, model, optimizer, backbone)
     calibrate_batch_norm(backbone, train_set, args.image_size, device)  # to whole images, not tiles
     save_checkpoint(args, total_steps, train_set, model, optimizer, backbone)
-    report = evaluate(backbone, initial, train_set, test_set, args.image_size, device, layers=True)
+    report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device,
+                      layers=True)
     write_log(args, {"step": total_steps, "report": report})
 
 
@@ -327,7 +328,6 @@ def parse_args(argv=None):
 # Sources. imagenet: vissl's ResNet-50 (rate falls at epochs 30, 60, 90 and 100; its probe is better
 # with 100 permutations than with 2000). cifar: no recipe is published; tiles as at 255 pixels in
 # proportion, not tuned. demo: measured on the drawn images.
-#
 # Departures from the papers: ResNets (paper: AlexNet), with the head of Kolesnikov et al. (2019)
 # without its dropout; images are flipped, as in vissl; the channels of a tile are not jittered. A
 # permutation is chosen by its smallest distance first, then by its mean distance (paper: by this

@@ -327,7 +327,7 @@ def train(args):
     peak_lr = args.lr * args.batch_size / 256
 
     backbone = ViT(args.image_size, args.patch_size, *VITS[args.arch])
-    initial = copy.deepcopy(backbone)  # the report's baseline
+    untrained = copy.deepcopy(backbone)  # the report's baseline
     load_init(backbone, args.init)
     if args.objective == "mae":
         decoder = args.decoder_dim, args.decoder_depth, args.decoder_dim // 32
@@ -342,7 +342,7 @@ def train(args):
     step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
     network = parallel(model, args.compile)  # DistributedDataParallel and SyncBN, if of several
     save_views(args, train_set, device, view)
-    saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
+    saved_at = save_checkpoint(args, step, train_set, model, optimizer, backbone)
     started = step, time.monotonic()  # for the speed and the time left
     patches = (args.image_size // args.patch_size) ** 2
 
@@ -363,10 +363,11 @@ def train(args):
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
             log(args, done, total_steps, started, lr, loss,
                 variance=loss_function(0 * prediction, views, mask))
-        if epoch_ends or time.monotonic() - saved > 600:
-            saved = save_checkpoint(args, done, train_set, model, optimizer, backbone)
+        if epoch_ends or time.monotonic() - saved_at > 600:
+            saved_at = save_checkpoint(args, done, train_set, model, optimizer, backbone)
     save_reconstruction(args, model, train_set, device)
-    report = evaluate(backbone, initial, train_set, test_set, args.image_size, device, layers=True)
+    report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device,
+                      layers=True)
     write_log(args, {"step": total_steps, "report": report})
 
 

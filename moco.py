@@ -318,7 +318,7 @@ def train(args):
     v3, vit = args.version == 3, args.arch in VITS
     backbone = (make_vit(args.arch, args.image_size) if vit else
                 make_backbone(args.arch, args.image_size, zero_init_residual=v3))
-    initial = copy.deepcopy(backbone)  # the report's baseline
+    untrained = copy.deepcopy(backbone)  # the report's baseline
     load_init(backbone, args.init)
     model = MoCo(backbone, backbone.feature_dim, args.version, args.proj_dim, args.queue_size,
                  args.bn_groups // world_size(), args.hidden_dim, vit)
@@ -331,7 +331,7 @@ def train(args):
     step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
     network = parallel(model, args.compile, sync_bn=v3)  # DistributedDataParallel, if of several
     save_views(args, train_set, device, augment1, augment2)
-    saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
+    saved_at = save_checkpoint(args, step, train_set, model, optimizer, backbone)
     started = step, time.monotonic()  # for the speed and the time left
     chance, ema_end = ((2 * 2 * args.temperature * math.log(args.batch_size), 1.0) if v3 else
                        (math.log(1 + args.queue_size), args.ema_momentum))
@@ -365,9 +365,9 @@ def train(args):
         done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
             log(args, done, total_steps, started, lr, loss, chance, positive_found=found)
-        if epoch_ends or time.monotonic() - saved > 600:
-            saved = save_checkpoint(args, done, train_set, model, optimizer, backbone)
-    report = evaluate(backbone, initial, train_set, test_set, args.image_size, device)
+        if epoch_ends or time.monotonic() - saved_at > 600:
+            saved_at = save_checkpoint(args, done, train_set, model, optimizer, backbone)
+    report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device)
     write_log(args, {"step": total_steps, "report": report})
 
 

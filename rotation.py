@@ -151,7 +151,7 @@ def train(args):
     peak_lr = args.lr * args.batch_size / 256
 
     backbone = make_backbone(args.arch, args.image_size)
-    initial = copy.deepcopy(backbone)  # the report's baseline
+    untrained = copy.deepcopy(backbone)  # the report's baseline
     load_init(backbone, args.init)
     model = RotNet(backbone, backbone.feature_dim)
     model.to(device, memory_format=torch.channels_last)
@@ -163,7 +163,7 @@ def train(args):
         images, aspect = examples(train_set, device)
         rotated, _ = rotate_four(denormalize(view(images, aspect)))
         save_picture(f"{args.out}/views.png", images / 255, *rotated.chunk(4))
-    saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
+    saved_at = save_checkpoint(args, step, train_set, model, optimizer, backbone)
     started = step, time.monotonic()  # for the speed and the time left
     chance = math.log(4)
 
@@ -183,9 +183,10 @@ def train(args):
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
             log(args, done, total_steps, started, lr, loss, chance,
                 rotations_solved=solved(logits, rotation))
-        if epoch_ends or time.monotonic() - saved > 600:
-            saved = save_checkpoint(args, done, train_set, model, optimizer, backbone)
-    report = evaluate(backbone, initial, train_set, test_set, args.image_size, device, layers=True)
+        if epoch_ends or time.monotonic() - saved_at > 600:
+            saved_at = save_checkpoint(args, done, train_set, model, optimizer, backbone)
+    report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device,
+                      layers=True)
     write_log(args, {"step": total_steps, "report": report})
 
 

@@ -253,7 +253,7 @@ def train(args):
     peak_lr = args.lr * args.batch_size / 256
 
     backbone = make_backbone(args.arch, args.image_size, zero_init_residual=True)
-    initial = copy.deepcopy(backbone)  # the report's baseline
+    untrained = copy.deepcopy(backbone)  # the report's baseline
     load_init(backbone, args.init)
     model = SimCLR(backbone, backbone.feature_dim, args.proj_dim, args.proj_layers)
     model.to(device, memory_format=torch.channels_last)
@@ -263,7 +263,7 @@ def train(args):
     step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
     network = parallel(model, args.compile)  # DistributedDataParallel and SyncBN, if of several
     save_views(args, train_set, device, view, view)
-    saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
+    saved_at = save_checkpoint(args, step, train_set, model, optimizer, backbone)
     started = step, time.monotonic()  # for the speed and the time left
     chance = math.log(2 * args.batch_size - 1) if args.loss == "nt-xent" else None
 
@@ -284,9 +284,9 @@ def train(args):
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
             log(args, done, total_steps, started, lr, loss, chance,
                 positive_found=positive_found(z1, z2))
-        if epoch_ends or time.monotonic() - saved > 600:
-            saved = save_checkpoint(args, done, train_set, model, optimizer, backbone)
-    report = evaluate(backbone, initial, train_set, test_set, args.image_size, device)
+        if epoch_ends or time.monotonic() - saved_at > 600:
+            saved_at = save_checkpoint(args, done, train_set, model, optimizer, backbone)
+    report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device)
     write_log(args, {"step": total_steps, "report": report})
 
 
@@ -329,7 +329,7 @@ def parse_args(argv=None):
 # Sources. imagenet: the paper and google-research/simclr (batch 4096, rate for small batches
 # 0.075 √B, decay 1e-4, in the paper 1e-6). cifar: augmentation of that repository's README, else
 # lightly's CIFAR-10 benchmark. demo: cifar's, unless another value was better on the drawn images.
-# Departures from the paper: ImageNet's mean and std are subtracted (official: pixels in [0, 1]);
+# Departures from the paper: pixels are normalised by ImageNet's mean and std (official: in [0, 1]);
 # small crops are bilinear (official: bicubic); LARS keeps the rate outside the momentum buffer; the
 # loss is half the official one. In the official code only: a residual block's last BN starts at 0.
 

@@ -240,7 +240,7 @@ def train(args):
     peak_lr = args.lr * args.batch_size / 256
 
     backbone = make_backbone(args.arch, args.image_size)
-    initial = copy.deepcopy(backbone)  # the report's baseline
+    untrained = copy.deepcopy(backbone)  # the report's baseline
     load_init(backbone, args.init)
     model = SwAV(backbone, backbone.feature_dim, args.proj_dim, args.num_prototypes,
                  args.queue_size)
@@ -253,7 +253,7 @@ def train(args):
     step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
     network = parallel(model, args.compile)  # DistributedDataParallel and SyncBN, if of several
     save_views(args, train_set, device, *crops)
-    saved = save_checkpoint(args, step, train_set, model, optimizer, backbone)
+    saved_at = save_checkpoint(args, step, train_set, model, optimizer, backbone)
     started = step, time.monotonic()  # for the speed and the time left
     chance = math.log(args.num_prototypes)
 
@@ -282,10 +282,10 @@ def train(args):
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
             log(args, done, total_steps, started, lr, loss, chance,
                 code_entropy=code_entropy(torch.cat(codes)))
-        if epoch_ends or time.monotonic() - saved > 600:
-            saved = save_checkpoint(args, done, train_set, model, optimizer, backbone)
+        if epoch_ends or time.monotonic() - saved_at > 600:
+            saved_at = save_checkpoint(args, done, train_set, model, optimizer, backbone)
     save_prototypes(args, model, train_set, device)
-    report = evaluate(backbone, initial, train_set, test_set, args.image_size, device)
+    report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device)
     write_log(args, {"step": total_steps, "report": report})
 
 

@@ -16,7 +16,7 @@ from processes import run_processes
 from torch import nn
 from torchvision.transforms import v2
 
-LINES = {"common": 920, "linear_probe": 400, "simclr": 340, "moco": 470, "byol": 290,
+LINES = {"common": 930, "linear_probe": 400, "simclr": 340, "moco": 470, "byol": 290,
          "simsiam": 260, "swav": 360, "barlow": 330, "dino": 480, "mae": 430, "rotation": 260,
          "jigsaw": 340}
 ORDER = ["model", "loss", "augmentation", "training"]
