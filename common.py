@@ -823,12 +823,12 @@ def load_checkpoint(args, images, model, optimizer):
                           f"has {saved['args'][name]}, which a resumed one cannot change")
     if args.epochs * (len(images) // args.batch_size) < saved["step"]:
         raise Failure(f"--epochs {args.epochs}: the run in {args.out} is beyond them already")
-    fresh = [{**group, "params": None} for group in optimizer.param_groups]  # with given decay
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
     try:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        for group, values in zip(optimizer.param_groups, fresh):
-            group.update({**values, "params": group["params"]})
+        for group, decay in zip(optimizer.param_groups, decays):
+            group["weight_decay"] = decay if "weight_decay" in args.given else group["weight_decay"]
     except (KeyError, RuntimeError, ValueError) as error:
         raise Failure(f"{args.out}/checkpoint.pth does not fit this model: {error}")
     changed = [f"--{name.replace('_', '-')}" for name in args.given
