@@ -327,6 +327,14 @@ def test_folders_of_runs(run, class_folders):
     assert tree() == before
 
 
+def test_two_runs_that_start_together_do_not_share_a_folder(run, class_folders, monkeypatch):
+    """The other one has made it since this one's name was chosen."""
+    load_data = common.load_data
+    monkeypatch.setattr(common, "load_data", lambda *args: (
+        os.makedirs("runs/simclr"), load_data(*args))[1])
+    assert_one_line(run("simclr", *TINY), 1, "runs/simclr")
+
+
 # ---- beginnings
 
 
