@@ -271,9 +271,9 @@ def cosine(step, total_steps, warmup_steps, peak, end=0.0):
     return end + (peak - end) * (1 + math.cos(math.pi * t)) / 2
 
 
-def linear(step, warmup_steps, start, end):
+def linear(time, warmup, start, end):
     """From `start` to `end` over the warm-up, then `end`."""
-    return end if step >= warmup_steps else start + (end - start) * step / warmup_steps
+    return end if time >= warmup else start + (end - start) * time / warmup
 
 
 @torch.no_grad()
@@ -470,8 +470,9 @@ def parse_args(argv=None):
 # Departures from the paper: none in the loss. From the official code: the teacher's temperature
 # rises by the step (official: by the epoch); blur is a true Gaussian (official: PIL's); position
 # embeddings are interpolated to exactly the size of the grid (official: a tenth of a patch more);
-# bfloat16 without gradient scaling (official: float16). The survey's formula has two views, and
-# neither temperatures nor a center.
+# bfloat16 without gradient scaling (official: float16). As by its default, the lengths of the last
+# layer's weights stay 1; its help advises trained ones for ViT-S. The survey's formula has two
+# views, and neither temperatures nor a center.
 
 if __name__ == "__main__":
     from common import main
