@@ -271,9 +271,9 @@ def cosine(step, total_steps, warmup_steps, peak, end=0.0):
     return end + (peak - end) * (1 + math.cos(math.pi * t)) / 2
 
 
-def linear(time, warmup, start, end):
+def linear(epoch, warmup_epochs, start, end):
     """From `start` to `end` over the warm-up, then `end`."""
-    return end if time >= warmup else start + (end - start) * time / warmup
+    return end if epoch >= warmup_epochs else start + (end - start) * epoch / warmup_epochs
 
 
 @torch.no_grad()
