@@ -204,6 +204,7 @@ def test_ablations_change_what_they_say(name, module, attribute, monkeypatch):
         assert torch.autograd.grad(ablated(*vectors), vectors)[2].abs().sum() > 0
 
 
+@pytest.mark.torture
 def test_a_run_is_made_kept_and_not_repeated(tmp_path, class_folders, monkeypatch):
     flags = f"--data {class_folders} --recipe demo --epochs 1 -b 8 -j 0"
     monkeypatch.setitem(measure.RUNS, "demo", [("simclr-0", f"simclr.py {flags} --seed 0"),
