@@ -20,7 +20,7 @@ no predictor, stop-gradient or moving average.
 VICReg, the second loss here, asks for the same in three terms: z1 and z2 are close; in each of
 them, every dimension has a deviation of at least 1, and no two dimensions have a covariance.
 
-Run      python barlow.py                       demonstration: drawn images, CPU, two minutes
+Run      python barlow.py                       demonstration: drawn images, CPU, minutes
          python barlow.py --data path           a folder of images, or cifar10
          python barlow.py --loss vicreg --lr-biases 0.2
          torchrun --nproc-per-node=8 barlow.py --data path

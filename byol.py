@@ -17,7 +17,7 @@ does not collapse to it; without the predictor it does (tests/test_byol.py).
                └─ augment2 ─ view2 ─ backbone ─ features ─ projector ─ stop-gradient z2 ┘
                                                            and with the views exchanged
 
-Run      python byol.py                         demonstration: drawn images, CPU, two minutes
+Run      python byol.py                         demonstration: drawn images, CPU, minutes
          python byol.py --data path             a folder of images, or cifar10
          torchrun --nproc-per-node=8 byol.py --data path
 Reuse    from byol import BYOL, byol_loss, ema_update, LARS, cosine       (needs torch only)

@@ -15,7 +15,7 @@ the global ones only, makes of another view: so it has to recognise the whole fr
                   └─ all views ──── student ─ logits ─ log softmax(/ τ_s) ───────────────────┘
         what is kept: the teacher's backbone; a ViT's features are the class token
 
-Run      python dino.py                         demonstration: drawn images, CPU, two minutes
+Run      python dino.py                         demonstration: drawn images, CPU, minutes
          python dino.py --data path             a folder of images, or cifar10
          torchrun --nproc-per-node=8 dino.py --data path
 Reuse    from dino import DINO, ViT, dino_loss, cosine          (needs torch only)

@@ -14,7 +14,7 @@ know that an ear belongs above an eye, the backbone has to recognise the parts o
           cut and   └─ tile ─ backbone ─ features ─ embed ─┘
           shuffled            (shared)  └─ what is kept: the backbone, used on whole images
 
-Run      python jigsaw.py                       demonstration: drawn images, CPU, two minutes
+Run      python jigsaw.py                       demonstration: drawn images, CPU, minutes
          python jigsaw.py --data path           a folder of images, or cifar10
          torchrun --nproc-per-node=8 jigsaw.py --data path
 Reuse    from jigsaw import Jigsaw, permutation_set, cut_tiles, jigsaw_loss     (needs torch only)

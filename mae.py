@@ -14,7 +14,7 @@ that it is not enough to continue lines and textures: one has to recognise what 
                   │       mask token in empty places ┘                        ├─ squared error
                   └─ the removed ones, each normalised ───────────────────────┘
 
-Run      python mae.py                          demonstration: drawn images, CPU, two minutes
+Run      python mae.py                          demonstration: drawn images, CPU, minutes
          python mae.py --data path              a folder of images, or cifar10
          torchrun --nproc-per-node=8 mae.py --data path
 Reuse    from mae import MAE, ViT, mae_loss, cosine             (needs torch only)

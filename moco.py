@@ -17,7 +17,7 @@ negatives the other keys of one large batch.
         image ───┤                                  ▼                                 │
                  └─ augment ─ view2 ─ target: backbone ─ projector ────── key ────────┤
                                                                            └─▶ queue ─┘
-Run      python moco.py                         demonstration (v2): drawn images, CPU, two minutes
+Run      python moco.py                         demonstration (v2): drawn images, CPU, minutes
          python moco.py --data path             a folder of images, or cifar10
          python moco.py --version 3 --arch vit_small --data path
          torchrun --nproc-per-node=8 moco.py --data path

@@ -12,7 +12,7 @@ shapes. Images without an up-direction (from satellites or microscopes) teach it
                              ├─ turned 2 times ─┤ (all four in the     └─ what is kept
                              └─ turned 3 times ─┘  same batch)
 
-Run      python rotation.py                       demonstration: drawn images, CPU, two minutes
+Run      python rotation.py                       demonstration: drawn images, CPU, minutes
          python rotation.py --data path           a folder of images, or cifar10
          torchrun --nproc-per-node=8 rotation.py --data path
 Reuse    from rotation import RotNet, rotate_four, rotation_loss         (needs torch only)

@@ -13,7 +13,7 @@ backbone learns features that the augmentation does not change and that tell ima
                   └─ augment ─ view2 ─ backbone ─ features ─ projector ─ z2 ─┘
                                                  └─ what is kept
 
-Run      python simclr.py                       demonstration: drawn images, CPU, a minute
+Run      python simclr.py                       demonstration: drawn images, CPU, minutes
          python simclr.py --data path           a folder of images, or cifar10
          torchrun --nproc-per-node=8 simclr.py --data path
 Reuse    from simclr import SimCLR, simclr_loss, LARS, cosine         (needs torch only)

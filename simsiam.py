@@ -15,7 +15,7 @@ together (tests/test_simsiam.py).
                └─ augment ─ view2 ─ backbone ─ features ─ projector ─ z2 ─ stop-gradient ──┘
                                               └─ what is kept     and with the views exchanged
 
-Run      python simsiam.py                      demonstration: drawn images, CPU, two minutes
+Run      python simsiam.py                      demonstration: drawn images, CPU, minutes
          python simsiam.py --data path          a folder of images, or cifar10
          torchrun --nproc-per-node=8 simsiam.py --data path
 Reuse    from simsiam import SimSiam, simsiam_loss, cosine       (needs torch only)

@@ -15,7 +15,7 @@ equally likely. Every other view of the image then learns to predict a large vie
               └─ small views   (likewise)  └─ z of unit length     and s, t swapped
                                  └─ what is kept
 
-Run      python swav.py                         demonstration: drawn images, CPU, two minutes
+Run      python swav.py                         demonstration: drawn images, CPU, minutes
          python swav.py --data path             a folder of images, or cifar10
          torchrun --nproc-per-node=8 swav.py --data path
 Reuse    from swav import SwAV, sinkhorn, swav_loss, LARS, cosine       (needs torch only)

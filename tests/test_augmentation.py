@@ -151,6 +151,12 @@ def test_central_crop(canvas, aspect, size, box):
     assert_near(central_crop(images, torch.full((4,), aspect), size), theirs, 2e-5)
 
 
+def test_central_crop_of_an_image_that_became_unreadable():
+    """Its aspect is 0, and a batch of it and others must not give NaN."""
+    images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    assert central_crop(images, torch.tensor([0.0, 1.0]), 32).isfinite().all()
+
+
 # ---- the same distributions as torchvision's
 
 
