@@ -102,14 +102,14 @@ def knn(train_features, train_labels, test_features, test_labels, k=200, tempera
 
 def linear_path(features, labels, classes):
     """Softmax regression: yields (strength, classifier) from the strongest penalty to the weakest,
-    each the minimum of mean cross-entropy + strength / 2 · ‖W‖². L-BFGS works on V, where W = E
-    diag(scale) V and E are the eigenvectors of the covariance: in V all directions curve alike."""
+    each the minimum of mean cross-entropy + strength / 2 · ‖W‖². L-BFGS works on V, where W = V
+    diag(scale) Eᵀ and E are the eigenvectors of the covariance: in V all directions curve alike."""
     eigenvalues, directions = torch.linalg.eigh(features.T @ features / len(features))
-    rotated = features.new_zeros(features.shape[1], classes)
+    rotated = features.new_zeros(classes, features.shape[1])
     b = features.new_zeros(classes, requires_grad=True)
     for strength in (10.0**-e for e in range(7)):
         # at equal probabilities, the cross-entropy's curvature is the covariance / classes
-        scale = (eigenvalues.clamp(min=0) / classes + strength).rsqrt()[:, None]
+        scale = (eigenvalues.clamp(min=0) / classes + strength).rsqrt()
         v = (rotated / scale).requires_grad_()
         # a step that changes the loss by less than 1e-7 is lost in float32's rounding
         optimizer = torch.optim.LBFGS([v, b], max_iter=1000, tolerance_grad=1e-6,
@@ -117,14 +117,14 @@ def linear_path(features, labels, classes):
 
         def closure():
             optimizer.zero_grad()
-            loss = F.cross_entropy(features @ (directions @ (scale * v)) + classes**0.5 * b, labels)
-            loss = loss + strength / 2 * (scale * v).square().sum()
+            logits = F.linear(features, scale * v @ directions.T, classes**0.5 * b)
+            loss = F.cross_entropy(logits, labels) + strength / 2 * (scale * v).square().sum()
             loss.backward()
             return loss
 
         optimizer.step(closure)
         rotated = scale * v.detach()
-        yield strength, partial(F.linear, weight=(directions @ rotated).T,
+        yield strength, partial(F.linear, weight=rotated @ directions.T,
                                 bias=classes**0.5 * b.detach())
 
 

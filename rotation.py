@@ -191,18 +191,18 @@ def train(args):
 
 
 RECIPES = {
-    "recipe":        ("demo",           "cifar",          "imagenet"),
-    "arch":          ("resnet8",        "resnet18",       "resnet50"),
-    "image_size":    (32,               32,               224),
-    "epochs":        (3,                200,              70),
-    "warmup_epochs": (0.2,              0,                5),
-    "batch_size":    (64,               128,              128),  # images; four times as many views
-    "lr":            (0.2,              0.2,              0.4),
-    "lr_drops":      ([0.7],            [0.3, 0.6, 0.8],  [3 / 7, 5 / 7]),
-    "lr_factor":     (0.1,              0.2,              0.1),
-    "weight_decay":  (5e-4,             5e-4,             1e-4),
-    "crop":          ("resized",        "shift",          "resized"),
-    "invert":        (0.5,              0.0,              0.0),
+    "recipe":        ("demo",     "cpu",      "cifar",          "imagenet"),
+    "arch":          ("resnet8",  "resnet8",  "resnet18",       "resnet50"),
+    "image_size":    (32,         32,         32,               224),
+    "epochs":        (3,          10,         200,              70),
+    "warmup_epochs": (0.2,        1,          0,                5),
+    "batch_size":    (64,         64,         128,              128),  # images, four views each
+    "lr":            (0.2,        0.2,        0.2,              0.4),
+    "lr_drops":      ([0.7],      [0.7],      [0.3, 0.6, 0.8],  [3 / 7, 5 / 7]),
+    "lr_factor":     (0.1,        0.1,        0.2,              0.1),
+    "weight_decay":  (5e-4,       5e-4,       5e-4,             1e-4),
+    "crop":          ("resized",  "shift",    "shift",          "resized"),
+    "invert":        (0.5,        0.0,        0.0,              0.0),
 }
 FLAGS = {  # type, lowest, highest, help, the paper's value
     "lr_drops": ([float], 0, 1, "fractions of the training at which the rate falls", "0.3 0.6 0.8"),

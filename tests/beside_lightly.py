@@ -89,7 +89,8 @@ def lightly_in(method, its_passes=True):
     import lightly.loss as L
 
     module, (name, heads) = importlib.import_module(method), HEADS[method]
-    recipe = SimpleNamespace(**{flag: values[0] for flag, values in module.RECIPES.items()})
+    column = module.RECIPES["recipe"].index("cpu")
+    recipe = SimpleNamespace(**{flag: values[column] for flag, values in module.RECIPES.items()})
     cos, state = L.NegativeCosineSimilarity(), None
     if method == "moco":
         state = L.NTXentLoss(recipe.temperature, (recipe.queue_size, recipe.proj_dim))
@@ -148,18 +149,18 @@ def gradients(method, flags):
 
 
 def learning(args):
-    """Data, augmentation, backbone, first weights, optimizer and steps of the demo recipe are the
-    same; lightly's are the loss (times 4 for BYOL, as ours is), the heads, MoCo's queue, DINO's
-    center, and the passes. In SimCLR, SwAV and DINO we, like the official codes, take both views in
-    one pass, and they share BN statistics; lightly makes a pass for each. In MoCo its BN has one
-    group. SimSiam has lightly's three layers in both. The gradients are compared at equal weights:
-    with our passes, where only rounding may differ, and with lightly's."""
+    """Data, augmentation, backbone, first weights, optimizer and steps are the same, five epochs of
+    the cpu recipe; lightly's are the loss (times 4 for BYOL, as ours is), the heads, MoCo's queue,
+    DINO's center, and the passes. In SimCLR, SwAV and DINO we, like the official codes, take both
+    views in one pass, and they share BN statistics; lightly makes a pass for each. In MoCo its BN
+    has one group. SimSiam has lightly's three layers in both. The gradients are compared at equal
+    weights: with our passes, where only rounding may differ, and with lightly's."""
     from benchmark import has, show
 
     rows = []
     for method in [m for m in args.methods if m in HEADS] if has("lightly") else []:
-        flags = ["--data", args.data, "--recipe", "demo", "--max-images", str(args.images)]
-        flags += ["--device", "cpu"] + ["--proj-layers", "3"] * (method == "simsiam")
+        flags = f"--recipe cpu --epochs 5 --device cpu --max-images {args.images}".split()
+        flags += ["--data", args.data] + ["--proj-layers", "3"] * (method == "simsiam")
         module, row = importlib.import_module(method), {"method": method}
         for name, peer in ("ours", nullcontext), ("lightly", partial(lightly_in, method)):
             reports = []

@@ -7,7 +7,7 @@ import pytest
 import common
 from rotation import RotNet
 
-TINY = "--recipe demo --max-images 64 --epochs 100 -b".split()
+TINY = "--recipe cpu --max-images 64 --epochs 100 -b".split()
 
 
 def test_every_command_is_explained(capsys):

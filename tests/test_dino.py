@@ -370,16 +370,6 @@ def test_views_are_those_of_the_paper(class_folders, monkeypatch):
     assert calls == [large, 1.0, 0.0, large, 0.1, 0.2] + 8 * [small, 0.5, 0.0]
 
 
-def test_recipes_have_a_flag_for_each_key():
-    args = dino.parse_args([])
-    assert set(dino.RECIPES) <= set(vars(args))
-    assert all(len(row) == 3 for row in dino.RECIPES.values())
-    for i, recipe in enumerate(("demo", "cifar", "imagenet")):
-        args = dino.parse_args(["--recipe", recipe])
-        assert {k: getattr(args, k) for k in dino.RECIPES} == {
-            k: row[i] for k, row in dino.RECIPES.items()}
-
-
 @pytest.mark.parametrize("flags", ["--arch vit_small --patch-size 5", "--arch vit_huge",
                                    "--local-crop-scale 0.5 --crop-scale 0.4"])
 def test_flags_that_do_not_fit(flags, capsys):

@@ -86,6 +86,15 @@ def test_method_file(method):
             (ast.FunctionDef, f"{method}_loss")} <= sizes.keys()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_each_recipe_sets_flags_of_its_method(method):
+    module, columns = importlib.import_module(method), ("demo", "cpu", "cifar", "imagenet")
+    assert all(len(row) == 4 for row in module.RECIPES.values())
+    for i, recipe in enumerate(columns):
+        args = vars(module.parse_args(["--recipe", recipe]))
+        assert {name: row[i] for name, row in module.RECIPES.items()}.items() <= args.items()
+
+
 def test_order_of_imports():
     assert not imported("common").keys() & LINES.keys()
     assert imported("linear_probe").keys() & LINES.keys() == {"common"}

@@ -314,9 +314,3 @@ def test_rate_falls_at_the_epochs_of_vissl():
                       (90, 1e-4), (99, 1e-4), (100, 1e-5)):
         assert rate(epoch) == pytest.approx(lr)
     assert rate(0) == pytest.approx(0.1 / (5 * 5004))
-
-
-def test_recipes_have_a_flag_for_each_key():
-    for i, recipe in enumerate(("demo", "cifar", "imagenet")):
-        args = vars(jigsaw.parse_args(["--recipe", recipe]))
-        assert {name: row[i] for name, row in jigsaw.RECIPES.items()}.items() <= args.items()

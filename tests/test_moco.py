@@ -382,8 +382,8 @@ def test_augmentations_are_those_of_the_papers(version, operations, class_folder
     (["--arch", "vit_small"], 3, moco.V3 | moco.VIT)])
 def test_version_and_network_choose_the_recipe(flags, version, table):
     table = moco.RECIPES | table
-    assert all(len(row) == 3 for row in table.values()) and table.keys() == moco.RECIPES.keys()
-    for i, recipe in enumerate(("demo", "cifar", "imagenet")):
+    assert all(len(row) == 4 for row in table.values()) and table.keys() == moco.RECIPES.keys()
+    for i, recipe in enumerate(("demo", "cpu", "cifar", "imagenet")):
         args = moco.parse_args(["--recipe", recipe, *flags])
         values = {k: getattr(args, k) for k in table}
         assert values == {k: row[i] for k, row in table.items()} | (

@@ -179,10 +179,7 @@ def test_optimizer_is_nesterov_sgd_that_decays_all_parameters():
     assert len(group["params"]) == len(list(model.parameters()))
 
 
-def test_recipes_have_a_flag_for_each_key():
-    for i, recipe in enumerate(("demo", "cifar", "imagenet")):
-        args = vars(rotation.parse_args(["--recipe", recipe]))
-        assert {name: row[i] for name, row in rotation.RECIPES.items()}.items() <= args.items()
+def test_any_number_of_drops():
     assert rotation.parse_args(["--lr-drops", "0.1", "0.2"]).lr_drops == [0.1, 0.2]
     assert rotation.parse_args(["--lr-drops"]).lr_drops == []
 

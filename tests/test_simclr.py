@@ -1,11 +1,9 @@
 """SimCLR against independent slow versions, and each of the details that are commonly wrong."""
 
-import importlib
 import math
 
 import pytest
 import torch
-from conftest import METHODS
 from torch import nn
 
 import common
@@ -132,12 +130,3 @@ def test_augmentation_is_that_of_the_paper(operations, class_folders):
             ("random_grayscale", {"p": 0.2}), ("gaussian_blur", {"p": 0.5, "sigma": (0.1, 2.0)}),
             ("normalize", {})]
     assert operations == 2 * view
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_recipes_have_a_flag_for_each_key(method):
-    module = importlib.import_module(method)
-    assert all(len(row) == 3 for row in module.RECIPES.values())
-    for i, recipe in enumerate(("demo", "cifar", "imagenet")):
-        args = vars(module.parse_args(["--recipe", recipe]))
-        assert {name: row[i] for name, row in module.RECIPES.items()}.items() <= args.items()

@@ -273,16 +273,6 @@ def test_lars_is_larc_up_to_the_norm_of_the_decay():
     torch.testing.assert_close(param.detach(), w, rtol=1e-7, atol=0)
 
 
-def test_recipes_have_a_flag_for_each_key():
-    args = swav.parse_args([])
-    assert set(swav.RECIPES) <= set(vars(args))
-    assert all(len(row) == 3 for row in swav.RECIPES.values())
-    for i, recipe in enumerate(("demo", "cifar", "imagenet")):
-        args = swav.parse_args(["--recipe", recipe])
-        assert {k: getattr(args, k) for k in swav.RECIPES} == {
-            k: row[i] for k, row in swav.RECIPES.items()}
-
-
 def test_small_crops_are_the_smaller_ones():
     swav.parse_args(["--small-crops", "0", "--small-crop-scale", "0.5", "--crop-scale", "0.2"])
     with pytest.raises(SystemExit) as end:
