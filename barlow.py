@@ -314,7 +314,7 @@ def parse_args(argv=None):
 # facebookresearch/barlowtwins, made when one rate served both groups and the loss had a factor
 # 0.024: hence lr_biases. cifar: solo-learn's for 1000 epochs; its LARS clips and has η 0.02 (so lr
 # is 20 times its 0.3), and its loss has a factor 0.1 (so lr_biases is a tenth of its rate, and the
-# decay ten times its own). demo: measured on the drawn images.
+# decay ten times its own). demo: measured on the drawn images. cpu: for real images, not tuned.
 # Processes exchange z rather than sums for C: of the paper's B 2048 and D 8192, two z are 134 MB,
 # D x D sums 268 MB.
 # Departures from the papers: small crops are bilinear (official: bicubic). Blur is a true Gaussian

@@ -465,7 +465,7 @@ def parse_args(argv=None):
 # --crop-scale 0.14 --teacher-temperature 0.04. cifar: the paper's values for ViTs, on a ResNet-18,
 # with K and the head's BN of lightly's CIFAR-10 benchmark; never run. demo: measured on the drawn
 # images. What counts there is a strong jitter: with the paper's, the classes that the teacher finds
-# are tints. Its temperature is lower, as few steps have to sharpen its output.
+# are tints. Its temperature is lower, as few steps have to sharpen its output. cpu: not tuned.
 #
 # Departures from the paper: none in the loss. From the official code: the teacher's temperature
 # rises by the step (official: by the epoch); blur is a true Gaussian (official: PIL's); position

@@ -327,7 +327,7 @@ def parse_args(argv=None):
 
 # Sources. imagenet: vissl's ResNet-50 (rate falls at epochs 30, 60, 90 and 100; its probe is better
 # with 100 permutations than with 2000). cifar: no recipe is published; tiles as at 255 pixels in
-# proportion, not tuned. demo: measured on the drawn images.
+# proportion, not tuned. demo: measured on the drawn images. cpu: for real images, not tuned.
 # Departures from the papers: ResNets (paper: AlexNet), with the head of Kolesnikov et al. (2019)
 # without its dropout; images are flipped, as in vissl; the channels of a tile are not jittered. A
 # permutation is chosen by its smallest distance first, then by its mean distance (paper: by this

@@ -418,7 +418,7 @@ def parse_args(argv=None):
 
 # Sources. imagenet: the paper and facebookresearch/mae (batch there 4096). cifar: widths and depths
 # of IcarusWizard/MAE (there patches of 2 pixels, 3 heads in the decoder, learned positions); the
-# rest is ours and not measured. demo: measured on the drawn images.
+# rest is ours and not measured. demo: measured on the drawn images. cpu: not tuned.
 #
 # Departures from the paper: crops of small images are bilinear (official: bicubic everywhere).
 # SimMIM removes single patches (paper: squares of 32 pixels), in this ViT (paper: relative

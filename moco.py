@@ -459,7 +459,7 @@ def parse_args(argv=None):
 # Sources. imagenet: the papers and facebookresearch/moco and moco-v3 (v3: batch 4096, vit_small
 # 1024; EMA 0.99, here of as many images: see byol.py). cifar: v1, v2: the former's CIFAR-10
 # notebook, with v1's projector and v2's jitter; v3: heads, temperature and EMA of solo-learn, SGD,
-# rate and decay of lightly's BYOL. demo: measured on the drawn images (v2).
+# rate and decay of lightly's BYOL. demo: measured on the drawn images (v2). cpu: not tuned.
 # Departures: the rate falls on a cosine per step (v1: to a tenth at epochs 120 and 160 of 200; v2:
 # per epoch). BN groups are parts of the total batch, whatever the GPUs; their running statistics
 # are averaged (official: the first GPU's). Any batch fits the queue. Blur is Gaussian (not PIL's).

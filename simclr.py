@@ -328,7 +328,7 @@ def parse_args(argv=None):
 
 # Sources. imagenet: the paper and google-research/simclr (batch 4096, rate for small batches
 # 0.075 √B, decay 1e-4, in the paper 1e-6). cifar: augmentation of that repository's README, else
-# lightly's CIFAR-10 benchmark. demo: cifar's, unless another value was better on the drawn images.
+# lightly's CIFAR-10 benchmark. demo: measured on the drawn images. cpu: for real ones, not tuned.
 # Departures from the paper: pixels are normalised by ImageNet's mean and std (official: in [0, 1]);
 # small crops are bilinear (official: bicubic); LARS keeps the rate outside the momentum buffer; the
 # loss is half the official one. In the official code only: a residual block's last BN starts at 0.

@@ -208,7 +208,7 @@ def parse_args(argv=None):
 
 
 # Sources. imagenet: the paper and facebookresearch/simsiam. cifar: the paper's appendix on
-# CIFAR-10; what it does not name, as for ImageNet. demo: measured on the drawn images.
+# CIFAR-10; what it does not name, as for ImageNet. demo: measured on drawn images; cpu: not tuned.
 # Departures from the paper: none that is known. From the official code: blur is a true Gaussian
 # (official: PIL's); the projector's last linear layer has no frozen bias, which the BN after it
 # would remove. In the official code only: the last BN of a residual block starts at 0.

@@ -345,7 +345,7 @@ def parse_args(argv=None):
 # Sources. imagenet: the authors' recipe for batches of 256 (facebookresearch/swav; linear probe
 # 72.7 %). Theirs for batches of 4096 (rate 0.3 per 256, 10 epochs of warm-up, no queue) reaches
 # 75.3 % in 800 epochs. cifar: lightly's CIFAR-10 benchmark, with the authors' frozen first epoch.
-# demo: the best values measured on the drawn images.
+# demo: the best values measured on the drawn images. cpu: for real images, not tuned.
 #
 # Departures from the paper: LARS for the authors' LARC, which divides by |g| + weight_decay · |w|
 # (LARS: |g + weight_decay · w|); a warm-up starts at 0 (authors' code: 1/16 of the peak); no bias
