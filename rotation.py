@@ -223,7 +223,7 @@ def parse_args(argv=None):
 # Sources. cifar: gidariss/FeatureLearningRotNet (rate 0.1 for 128 images; falls at epochs 60, 120
 # and 160), with a ResNet. imagenet: mmselfsup's ResNet-50 (rate 0.2 for 128 images; falls at epochs
 # 30 and 50). The paper's AlexNet has 50 epochs of batch 192, rate 0.01, a tenth of it from epochs
-# 15, 30 and 45 on, weight decay 5e-4, no warm-up. demo: on the drawn images. cpu: not tuned.
+# 15, 30 and 45 on, weight decay 5e-4, no warm-up. demo: measured on drawn images; cpu: not tuned.
 #
 # Departures from the paper: ResNets (paper: NIN and AlexNet), with one linear layer on the pooled
 # features; pixels are normalised with ImageNet's mean and std on CIFAR, too.
