@@ -447,7 +447,7 @@ def parse_args(argv=None):
     recipes = RECIPES | {1: V1, 3: V3 | VIT if vit else V3}.get(version, {})
     arch = (lambda text: text if text in VITS else architecture(text), None, None,
             f"{shared['arch'][3]}; of v3 {', '.join(VITS)}")
-    args = parse_flags("moco", __doc__, recipes | {"version": (version,) * 3},
+    args = parse_flags("moco", __doc__, recipes | {"version": (version,) * 4},
                        FLAGS | {"arch": arch}, argv)
     if args.version < 3 and args.bn_groups % int(os.environ.get("WORLD_SIZE", 1)):
         wrong_arguments(f"--bn-groups {args.bn_groups} is no multiple of the number of processes")

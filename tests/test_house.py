@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -125,19 +126,27 @@ LOOPS = {  # the model and the loss, as a user of torchvision writes them
 }
 
 
-def in_folder(folder, method):
-    """Only what lies there can be imported, of the project."""
+@contextmanager
+def only(folder):
+    """Of the project, only what lies in this folder can be imported."""
+    imported, path = {name: sys.modules.pop(name, None) for name in LINES}, sys.path[:]
+    sys.path[:] = [folder, *(p for p in path if p not in ("", str(ROOT), f"{ROOT}/tests"))]
     os.chdir(folder)
-    for name in LINES:
-        sys.modules.pop(name, None)  # as conftest.py has imported it
-    others = [path for path in sys.path if path not in ("", str(ROOT), f"{ROOT}/tests")]
-    sys.path[:] = [folder, *others]
-    return importlib.import_module(method)
+    yield
+    sys.path[:] = path
+    for name, module in imported.items():
+        sys.modules.pop(name, None)
+        sys.modules |= {name: module} if module else {}
 
 
 def own_loop(folder, method):
     """Two steps -> losses, what of the project is imported, whether weights have changed."""
-    module = in_folder(folder, method)
+    with only(folder):
+        return two_steps(method)
+
+
+def two_steps(method):
+    module = importlib.import_module(method)
     backbone = torchvision.models.resnet18()
     backbone.fc = nn.Identity()
     make, loss_of = LOOPS[method]
@@ -167,9 +176,10 @@ def test_file_alone_in_a_loop_of_ones_own(tmp_path, method):
 
 
 def whole_run(folder, method, *flags):
-    module, common = in_folder(folder, method), importlib.import_module("common")
-    common.main(module.train, module.parse_args, flags)
-    return LINES.keys() & sys.modules.keys()
+    with only(folder):
+        module = importlib.import_module(method)
+        module.train(module.parse_args(flags))
+        return LINES.keys() & sys.modules.keys()
 
 
 @pytest.mark.parametrize("method", METHODS)
