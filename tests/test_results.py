@@ -153,7 +153,8 @@ def test_tables_of_a_few_runs(tmp_path):
               "layer2": {"knn": 55.0, "probe": 90.0, "held_out": {"1": 75.0}}}  # the test set's
     for seed, probe in ((0, 70.0), (1, 80.0)):
         write_run(tmp_path, f"rotation-{seed}", probe, layers)
-    write_run(tmp_path, "simsiam-0", wall_seconds=90)
+    write_run(tmp_path, "simsiam-0", wall_seconds=500)
+    write_run(tmp_path, "simsiam-idle", wall_seconds=90)
     write_run(tmp_path, "simsiam-no-stop-gradient", 30.0)
     write_run(tmp_path, "simclr-0", command="python simclr.py", hardware="H100")
     write_run(tmp_path, "loss-infonce", 65.0)

@@ -104,6 +104,7 @@ WHOLE = "--data cifar --recipe cpu"
 EARLIER = "--epochs 5 --warmup-epochs 0.5 --batch-size 64 --lr 0.48"  # the demonstration's, then
 RUNS = {
     "demo": [(f"{m}-{seed}", f"{m}.py --seed {seed}") for seed in range(3) for m in METHODS],
+    "idle": [(f"{m}-idle", f"{m}.py --seed 0") for m in METHODS],  # one at a time, for the minutes
     "cifar": [(f"{m}-cifar-{seed}", f"{m}.py {WHOLE} --seed {seed}") for seed in range(3)
               for m in METHODS],
     "losses": [(f"loss-{loss}{suffix}", f"simclr.py {flags}{EARLIER} --loss {loss} --seed 0")
@@ -245,7 +246,8 @@ def group_table(runs, suffix=""):
     for method in METHODS:
         if own := seeds(runs, method + suffix):
             every += own
-            rows.append([METHODS[method], *accuracy(own), *accuracy(own, "random"), minutes(own)])
+            timed = own if suffix else [runs[f"{method}-idle"]] if f"{method}-idle" in runs else []
+            rows.append([METHODS[method], *accuracy(own), *accuracy(own, "random"), minutes(timed)])
             if all(map(best_stage, own)):
                 stages = ", ".join(sorted({best_stage(run) for run in own}))
                 rows.append([f"{METHODS[method]}, best stage ({stages})", *accuracy(own, stage=True),
