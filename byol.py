@@ -272,7 +272,8 @@ def parse_args(argv=None):
 # 0.99; the average covers as many images at batch 512 with 0.99^(1/8), arXiv 2307.13813). cifar:
 # the paper's augmentation without blur and an average from 0.99, as in solo-learn; heads, SGD and
 # batch of lightly's CIFAR-10 benchmark, whose loss is a quarter of this one: hence a quarter of its
-# rate, and four times its decay. demo: measured on the drawn images. cpu: not tuned.
+# rate, and four times its decay. demo: measured on the drawn images; few
+# steps need a fast target. cpu: not tuned.
 # Departures from the paper: small crops are bilinear (official: bicubic). Brightness is scaled
 # (official: shifted), contrast is by the mean gray (official: per channel), saturation without HSV.
 # The target starts as a copy (official: from weights of its own, said to make no difference). The

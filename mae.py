@@ -126,7 +126,6 @@ class ViT(nn.Module):
         self.register_buffer("pos_embed", positions(dim, image_size // patch_size))
         self.blocks = nn.Sequential(*[Block(dim, num_heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.stages = [f"blocks.{i}" for i in range(depth)]
         self.apply(init_weights)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # as a matrix
 
@@ -255,7 +254,7 @@ def simmim_loss(prediction, images, mask, patch_size):
 
 def reconstruct(prediction, images, mask, patch_size, norm_pix=True):
     """-> the images with their removed patches gray (0), and with these as predicted: (B, 3, S, S)
-    each. With norm_pix, a patch's mean and deviation are not predicted but those of the image."""
+    each. With norm_pix, a patch's mean and deviation, which are not predicted, are the image's."""
     patches, removed = patchify(images, patch_size), mask[:, :, None]
     if norm_pix:
         mean, deviation = patch_statistics(patches)

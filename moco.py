@@ -160,7 +160,6 @@ def make_vit(arch, image_size):
     patch_size, (dim, depth, num_heads) = 16 if image_size > 64 else 4, VITS[arch]
     vit = VisionTransformer(image_size, patch_size, depth, num_heads, dim, 4 * dim)
     vit.heads, vit.feature_dim = nn.Identity(), dim
-    vit.stages = [f"encoder.layers.encoder_layer_{i}" for i in range(depth)]
     for name, parameter in vit.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)

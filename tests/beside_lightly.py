@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torchvision.datasets import ImageFolder
 
+
 def peer_loop(data, batch, workers, threads, steps):
     """lightly's example of SimCLR on our network: images/s, after its first full queue."""
     from common import make_backbone

@@ -2,6 +2,8 @@
 
 import atexit
 import multiprocessing
+import os
+import threading
 import traceback
 
 import torch
@@ -13,11 +15,15 @@ _groups = {}  # by their number of processes
 
 
 def _serve(rank, world, port, tasks, results):
+    parent, folder = multiprocessing.parent_process(), os.getcwd()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    while dist.is_initialized() and (task := tasks.get()):  # common.main ends the group
-        function, arguments = task
+    while dist.is_initialized():  # common.main ends the group
+        function, arguments = tasks.get()
+        os.chdir(folder)
+        torch.manual_seed(0)
         try:
             value, error = function(*arguments), None
         except Exception:
@@ -36,9 +42,15 @@ class Group:
             process.start()
 
     def run(self, task):
+        """-> the values in rank order, and whether the group can go on."""
         for tasks in self.tasks:
             tasks.put(task)
-        return sorted((self.results.get(timeout=120) for _ in self.tasks), key=lambda r: r[0])
+        values, usable = {}, True
+        for _ in self.tasks:
+            rank, values[rank], error, alive = self.results.get(timeout=120)
+            assert not error, error  # the others may wait for the one that failed
+            usable &= alive
+        return [values[rank] for rank in sorted(values)], usable
 
     def end(self):
         for process in self.processes:
@@ -54,14 +66,12 @@ def end_all():
 
 def run_processes(world, function, *arguments):
     """[function(*arguments) in each of `world` processes], in rank order."""
-    group = _groups.pop(world, None) or Group(world)
+    group, usable = _groups.pop(world, None) or Group(world), False
     try:
-        returned = group.run((function, arguments))
-        if all(error is None and usable for _, _, error, usable in returned):
-            _groups[world] = group
+        values, usable = group.run((function, arguments))
     finally:
-        if world not in _groups:  # the others of one that failed may wait for it
+        if usable:
+            _groups[world] = group
+        else:
             group.end()
-    errors = [error for _, _, error, _ in returned if error]
-    assert not errors, errors[0]
-    return [value for _, value, *_ in returned]
+    return values

@@ -125,7 +125,6 @@ def test_vit_has_the_names_and_shapes_of_timm_and_of_the_official_checkpoints(ar
 
 def test_vit_equals_torchs_transformer():
     vit = tiny_vit(image_size=12).double()
-    assert [vit.get_submodule(stage) for stage in vit.stages] == list(vit.blocks)
     layers = []
     for block in vit.blocks:
         layer = nn.TransformerEncoderLayer(12, 3, 48, 0.0, "gelu", 1e-6, True, norm_first=True)

@@ -132,11 +132,13 @@ def only(folder):
     imported, path = {name: sys.modules.pop(name, None) for name in LINES}, sys.path[:]
     sys.path[:] = [folder, *(p for p in path if p not in ("", str(ROOT), f"{ROOT}/tests"))]
     os.chdir(folder)
-    yield
-    sys.path[:] = path
-    for name, module in imported.items():
-        sys.modules.pop(name, None)
-        sys.modules |= {name: module} if module else {}
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name, module in imported.items():
+            sys.modules.pop(name, None)
+            sys.modules |= {name: module} if module else {}
 
 
 def own_loop(folder, method):
@@ -188,7 +190,7 @@ def test_file_beside_the_two_others_trains_to_its_report(tmp_path, method):
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     for seed, name in enumerate(("train/cat", "train/dog", "test/cat", "test/dog")):
         write_images(tmp_path / "images" / name, 8, seed=seed)
-    flags = "--data images --recipe demo -b 8 --epochs 1 -j 0 --device cpu --out run".split()
+    flags = "--data images --recipe cpu -b 8 --epochs 1 -j 0 --device cpu --out run".split()
     (files,) = run_processes(1, whole_run, str(tmp_path), method, *flags)
     assert files == {method, "common", "linear_probe"}
     *_, last = map(json.loads, Path("run/log.jsonl").read_text().splitlines())

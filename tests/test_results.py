@@ -89,6 +89,15 @@ def test_readme_quotes_simclr_to_the_character():
         assert "\n".join((indent + line).rstrip() for line in lines) in source
 
 
+def test_readmes_quick_start_is_a_run_that_is_kept():
+    run = measure.read_log(RESULTS / "simclr-idle")
+    for name, row in run["report"].items():
+        assert f"kNN {row['knn']:5.1f}  linear probe {row['probe']:5.1f}  {name}\n" in README
+    last = run["lines"][-2]
+    assert f"step {last['step']}/{last['step']}  loss {last['loss']:.4f} (chance" in README
+    assert f"  lr {last['lr']:.3g}  {last['images_per_s']} images/s" in README
+
+
 def test_readme_lists_each_file_with_its_length():
     for method in measure.METHODS:
         lines = len((ROOT / f"{method}.py").read_text(encoding="utf8").splitlines())

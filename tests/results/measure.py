@@ -99,8 +99,8 @@ def ablation_command(name):
 
 # ------------------------------------------------------------------------------------------ runs
 
-SUBSET = "--data cifar --recipe demo --max-images 10000"
-WHOLE = "--data cifar --recipe cpu"
+SUBSET = "--data cifar10 --recipe demo --max-images 10000"
+WHOLE = "--data cifar10 --recipe cpu"
 EARLIER = "--epochs 5 --warmup-epochs 0.5 --batch-size 64 --lr 0.48"  # the demonstration's, then
 RUNS = {
     "demo": [(f"{m}-{seed}", f"{m}.py --seed {seed}") for seed in range(3) for m in METHODS],
@@ -110,7 +110,7 @@ RUNS = {
     "losses": [(f"loss-{loss}{suffix}", f"simclr.py {flags}{EARLIER} --loss {loss} --seed 0")
                for suffix, flags in (("", ""), ("-cifar", f"{SUBSET} ")) for loss in LOSSES],
     "ablation": [(name, ablation_command(name)) for name in ABLATIONS],
-    "gpu": [(f"{m}-200", f"{m}.py --data cifar --recipe cifar --epochs 200 --seed 0")
+    "gpu": [(f"{m}-200", f"{m}.py --data cifar10 --recipe cifar --epochs 200 --seed 0")
             for m in METHODS],
 }
 
@@ -164,7 +164,7 @@ def measure(args):
     def start(name, command):
         words, out = shlex.split(command), args.out / name
         shown = shlex.join(["python", *words])
-        words = [args.data if word == "cifar" else word for word in words]
+        words = [args.data if word == "cifar10" else word for word in words]
         record = {"command": shown, **facts, "threads": threads, "jobs": args.jobs,
                   "date": time.strftime("%Y-%m-%d"),
                   "wall_seconds": read_record(out).get("wall_seconds", 0)}  # of earlier calls
@@ -258,7 +258,7 @@ def group_table(runs, suffix=""):
 
 def score(runs, method):
     """For the project's README: mean top-1 by the readout that suits the method, and untrained."""
-    own, what = seeds(runs, method), READOUT.get(method, "kNN")
+    own, what = seeds(runs, method), READOUT.get(method.split("-")[0], "kNN")
     if not own:
         return ""
     trained, random = (accuracy(own, name, "stage" in what)["probe" in what].split()[0]
@@ -307,7 +307,7 @@ def rewrite(text, runs):
                   lambda m: f"{m[1]}\n{TABLES[m[2]](runs)}\n{m[3]}", text, flags=re.DOTALL)
     text = re.sub(r"(<!-- lines: (\w+) -->).*?(<!-- -->)", lambda m: m[1] + str(len(
         (ROOT / f"{m[2]}.py").read_text(encoding="utf8").splitlines())) + m[3], text)
-    return re.sub(r"(<!-- score: (\w+) -->).*?(<!-- -->)",
+    return re.sub(r"(<!-- score: ([\w-]+) -->).*?(<!-- -->)",
                   lambda m: f"{m[1]}{score(runs, m[2])}{m[3]}", text)
 
 
