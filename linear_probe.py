@@ -77,7 +77,7 @@ def calibrate_batch_norm(network, images, image_size, device, seed=0):
         norm.reset_running_stats()
         norm.train().momentum = None  # the mean over all batches
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:2048]
-    for batch in images.load(order.chunk(-(-len(order) // 256)), device):
+    for batch in images.load(order.chunk(-(-len(order) // 256)), device) if norms else ():
         network(centre_view(*batch, image_size))
     network.eval()
 

@@ -379,7 +379,7 @@ RECIPES = {
     "arch":          ("vit_micro",  "vit_micro",  "vit_tiny",  "vit_base"),
     "patch_size":    (4,            4,            4,           16),
     "image_size":    (32,           32,           32,          224),
-    "epochs":        (7,            20,           800,         800),
+    "epochs":        (8,            20,           800,         800),
     "warmup_epochs": (1,            1,            40,          40),
     "batch_size":    (32,           64,           512,         1024),
     "lr":            (6e-3,         3e-3,         3e-4,        1.5e-4),
