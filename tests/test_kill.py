@@ -235,6 +235,7 @@ def lose_loader_process():
 def test_lost_loader_process(undisturbed):
     """As the system kills one when memory runs out."""
     expected = undisturbed("simclr")
-    result = disturbed("simclr", [], lose_loader_process)
-    assert_one_line(result, "DataLoader worker")
+    status, output, error = disturbed("simclr", [], lose_loader_process)
+    # multiprocessing's threads may first complain of a process that they were sending to
+    assert_one_line((status, output, error[error.rfind("error: ") :]), "DataLoader worker")
     assert_continues("simclr", expected)
