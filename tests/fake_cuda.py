@@ -15,6 +15,7 @@ from collections import Counter
 from functools import partial
 
 import torch
+from torch import library as operators
 from torch.optim import optimizer
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +26,7 @@ LOW = re.compile("conv|mm|matmul|mv$|linear$|einsum|addr|prelu|attention|vecdot|
 WIDEST = re.compile("addc(div|mul)|atan2|bilinear|cross|(v|tensor)?dot|.*sampler|.*put|scatter_add")
 PRODUCT = re.compile("(add|b|badd)?(mm|mv)|dot|convolution(_backward)?|.*attention.*")
 WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-waits, products, library = [[]], Counter(), torch.library.Library("aten", "IMPL")
+waits, products, library = [[]], Counter(), operators.Library("aten", "IMPL")
 
 
 def dispatch(_, func, types, args=(), kwargs=None):
