@@ -42,8 +42,8 @@ from torch import nn
 class BarlowTwins(nn.Module):
     """Backbone and projector, which VICReg calls an expander.
 
-    backbone: (B, 3, H, W) -> (B, feature_dim). The projector's three layers are as wide as z, which
-    is wider than the features. They have no biases, and BN follows the first two only, because
+    backbone: (B, 3, H, W) -> (B, feature_dim). The projector's three layers are as wide as z, in
+    the paper wider than the features. They have no biases, and BN follows the first two only, as
     barlow_loss standardises z itself.
     """
 
@@ -312,17 +312,17 @@ def parse_args(argv=None):
 # Sources. imagenet: the paper and official code, for 300 epochs and a batch of 512 (paper: 1000 and
 # 2048, rates 0.2 and 0.0048). Its rate is from the authors' table of batch sizes, issue 7 of
 # facebookresearch/barlowtwins, made when one rate served both groups and the loss had a factor
-# 0.024: hence lr_biases. cifar: solo-learn's for 1000 epochs; its LARS clips and has η 0.02 (so lr
-# is 20 times its 0.3), and its loss has a factor 0.1 (so lr_biases is a tenth of its rate, and the
-# decay ten times its own). demo: measured on the drawn images. cpu: for real images, not tuned.
+# 0.024: hence lr_biases. cifar: solo-learn's for 1000 epochs; its LARS has η 0.02 (so lr is 20
+# times its 0.3) and clips the adapted rate; its loss has a factor 0.1 (so lr_biases is a tenth, the
+# decay ten times its own). demo: measured on the drawn images. cpu: not tuned. For VICReg, whose
+# loss is a mean over D and whose code has one rate, add --lr-biases 0.2, on imagenet --lr 0.2.
 # Processes exchange z rather than sums for C: of the paper's B 2048 and D 8192, two z are 134 MB,
 # D x D sums 268 MB.
 # Departures from the papers: small crops are bilinear (official: bicubic). Blur is a true Gaussian
 # (official: PIL's). The official gradient on W GPUs is 1/W of the true one, because the sum over
 # GPUs in C passes none on: LARS takes this out of the steps of weights, not of biases, whose steps
 # are W times longer here. VICReg's projector has biases before its two BN (official), where they
-# have no effect; here it has none. Its loss is a mean over D, where that of Barlow Twins is a sum,
-# and its official code has a single learning rate: hence --lr-biases 0.2.
+# have no effect; here it has none.
 
 if __name__ == "__main__":
     from common import main

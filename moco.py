@@ -21,7 +21,7 @@ Run      python moco.py                         demonstration (v2): drawn images
          python moco.py --data path             a folder of images, or cifar10
          python moco.py --version 3 --arch vit_small --data path
          torchrun --nproc-per-node=8 moco.py --data path
-Reuse    from moco import MoCo, moco_loss, moco_v3_loss, make_vit         (needs torch only)
+Reuse    from moco import MoCo, moco_loss, moco_v3_loss, make_vit        (with torchvision)
 """
 
 import argparse
@@ -43,9 +43,10 @@ class MoCo(nn.Module):
     """Online network, its moving average, and the queue of keys.
 
     backbone: (B, 3, H, W) -> (B, feature_dim). The projector of v1 has one layer, of v2 two.
-    v1, v2: queue_size, in keys; bn_groups, the parts of a batch that BN normalises by themselves
-    (see `shuffle_rows`). v3: hidden_dim, the width of projector and predictor; vit, whether they
-    are those of the ViT: then the projector has a third layer, and the predictor ends in BN.
+    v1, v2: queue_size, in keys; bn_groups, the parts of a batch that BN normalises by themselves:
+    the backbone's BN layers become `GroupBatchNorm`, with the same weights and names. v3:
+    hidden_dim, the width of projector and predictor; vit, whether they are those of the ViT: then
+    the projector has a third layer, and the predictor ends in BN.
     """
 
     def __init__(self, backbone, feature_dim, version=2, proj_dim=128, queue_size=65536,
@@ -99,8 +100,8 @@ def make_mlp(widths, batch_norm=False, last_norm=False):
 
 
 class GroupBatchNorm(nn.BatchNorm2d):
-    """BN that normalises `groups` equal parts of the batch, each by its own statistics, as so many
-    GPUs would; the running statistics follow the parts' mean."""
+    """BN that normalises `groups` parts of the batch, of at least two images, each by its own
+    statistics, as so many GPUs would; the running statistics follow the parts' mean."""
 
     def forward(self, x):
         if not self.training:
@@ -131,9 +132,9 @@ def average_statistics(model):
     """Running BN statistics ← their mean over the processes, each of which has its own groups."""
     from common import all_sum, world_size
 
-    statistics = [b for name, b in model.named_buffers() if "running_" in name]
-    mean = all_sum(torch.cat(statistics)) / world_size()
-    torch._foreach_copy_(statistics, mean.split([len(s) for s in statistics]))
+    if statistics := [b for name, b in model.named_buffers() if "running_" in name]:
+        mean = all_sum(torch.cat(statistics)) / world_size()
+        torch._foreach_copy_(statistics, mean.split([len(s) for s in statistics]))
 
 
 def positions(dim, grid):
@@ -228,8 +229,8 @@ def augment(images, aspect, version, image_size, crop_scale, blur, solarize):
     else:
         x = color_jitter(x, 0.4, 0.4, 0.4 if version == 2 else 0.2, 0.1, p=0.8)
         x = random_grayscale(x, p=0.2)
-        x = gaussian_blur(x, p=blur, sigma=(0.1, 2.0))
-        x = random_solarize(x, p=solarize)
+    x = gaussian_blur(x, p=blur, sigma=(0.1, 2.0))
+    x = random_solarize(x, p=solarize)
     x = random_horizontal_flip(x, p=0.5)
     return normalize(x)
 
@@ -392,7 +393,7 @@ RECIPES = {
     "solarize2":     (0.0,        0.0,        0.0,         0.0),
 }
 # This is v2. What differs in v1, in v3, and in v3 with a ViT:
-V1 = {"temperature": (0.2,        0.2,        0.1,         0.07)}
+V1 = {"temperature": (0.2, 0.2, 0.1, 0.07), "blur1": (0.0,) * 4, "blur2": (0.0,) * 4}
 V3 = {
     "epochs":        (5,          20,         200,         100),
     "warmup_epochs": (0.5,        1,          10,          10),
@@ -414,7 +415,6 @@ VIT = {
     "lr":            (1e-3,       1e-3,       1.5e-4,      1.5e-4),
     "weight_decay":  (0.1,        0.1,        0.1,         0.1),
     "temperature":   (0.2,        0.2,        0.2,         0.2),
-    "ema_momentum":  (0.9,        0.99,       0.99,        0.995),
     "crop_scale":    (0.35,       0.2,        0.08,        0.08),
 }
 FLAGS = {  # type, lowest, highest, help, the papers' value
@@ -455,10 +455,10 @@ def parse_args(argv=None):
     return args
 
 
-# Sources. imagenet: the papers and facebookresearch/moco and moco-v3 (v3: batch 4096, vit_small
-# 1024; EMA 0.99, here of as many images: see byol.py). cifar: v1, v2: the former's CIFAR-10
-# notebook, with v1's projector and v2's jitter; v3: heads, temperature and EMA of solo-learn, SGD,
-# rate and decay of lightly's BYOL. demo: measured on the drawn images (v2). cpu: not tuned.
+# Sources. imagenet: the papers and facebookresearch/moco and moco-v3 (v3: batch 4096, EMA 0.99: of
+# as many images, at 512, 0.99^(1/8)). cifar: v1, v2: the former's CIFAR-10 notebook, which mixes
+# v1's projector and v2's jitter; v3: heads, temperature and EMA of solo-learn, SGD, rate and decay
+# of lightly's BYOL. demo: measured on the drawn images (v2). cpu: for real images, not tuned.
 # Departures: the rate falls on a cosine per step (v1: to a tenth at epochs 120 and 160 of 200; v2:
 # per epoch). BN groups are parts of the total batch, whatever the GPUs; their running statistics
 # are averaged (official: the first GPU's). Any batch fits the queue. Blur is Gaussian (not PIL's).

@@ -112,10 +112,10 @@ def swav_loss(scores, codes, temperature):
         l(z_t, q_s) = - Σ_k q_s^k log p_t^k,   p_t = softmax(scores_t / τ)
 
     equation 2 of the paper, averaged over the B images and the 2 (V - 1) pairs of a large view s
-    and any other view t (equation 6: summed). Chance level: ln K. Codes must have no gradient.
+    and any other view t (equation 6: summed). Chance level: ln K.
     """
     log_p = [F.log_softmax(score / temperature, dim=1) for score in scores]
-    swaps = [-(q * log_p[t]).sum(1).mean()
+    swaps = [-(q.detach() * log_p[t]).sum(1).mean()  # codes are targets
              for s, q in enumerate(codes) for t in range(len(log_p)) if t != s]
     return torch.stack(swaps).mean()
 
@@ -266,7 +266,7 @@ def train(args):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             z, scores = network(views)
         z = torch.stack([gather(v.detach()) for v in z[:2].float()])  # of all processes
-        assigning = model.assigning_scores(z, args.queue_size > 0 and step >= queue_full)
+        assigning = model.assigning_scores(z, step >= queue_full)
         mine = slice(rank() * len(images), (rank() + 1) * len(images))  # images of this process
         codes = [sinkhorn(s, args.epsilon, args.sinkhorn_iterations)[mine] for s in assigning]
         loss = swav_loss(scores.float(), codes, args.temperature)
@@ -319,7 +319,7 @@ FLAGS = {  # type, lowest, highest, help, the paper's value
     "temperature": (float, 1e-3, 100, "softmax temperature, τ", "0.1"),
     "epsilon": (float, 1e-3, 100, "ε of Sinkhorn: the smaller, the sharper the codes", "0.05"),
     "sinkhorn_iterations": (int, 1, 10**3, "iterations of Sinkhorn-Knopp", "3"),
-    "num_prototypes": (int, 2, 10**6, "prototypes, K; fewer than batch and queue together", "3000"),
+    "num_prototypes": (int, 2, 10**6, "prototypes, K", "3000"),
     "freeze_epochs": (float, 0, 10**6, "epochs in which the prototypes do not learn", "1"),
     "queue_size": (int, 0, 10**6, "z of past images kept for each large view; 0: none", "3840"),
     "queue_epoch": (float, 0, 10**6, "epoch from which the queue fills; used when full", "15"),

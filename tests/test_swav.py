@@ -95,6 +95,13 @@ def test_loss_and_gradient_equal_slow_version(views, temperature):
     assert torch.autograd.gradcheck(lambda x: swav_loss(list(x), codes, temperature), scores)
 
 
+def test_codes_are_constants_in_the_loss():
+    scores, codes = torch.randn(2, 2, 4, 6).requires_grad_().unbind(0)
+    codes.retain_grad()
+    swav_loss(scores, codes, 0.1).backward()
+    assert codes.grad is None
+
+
 def test_loss_at_chance_and_at_extremes():
     codes = torch.eye(8).repeat(2, 1, 1)
     assert swav_loss(torch.zeros(5, 8, 8), codes, 0.1).item() == pytest.approx(math.log(8))
