@@ -62,7 +62,7 @@ def permutation_set(count, tiles, seed):
 
     Orders that differ in two tiles only, which perhaps both show sky, nobody could tell apart. The
     seed chooses the first; each next one is, of all, the one that differs in the most places
-    (Hamming distance) from the nearest one chosen so far; among equals, from all of those together.
+    (Hamming distance) from the nearest chosen so far, and of equals, from all chosen, in the sum.
     """
     if not 1 <= count <= math.factorial(tiles):
         raise ValueError(f"{tiles} tiles have {math.factorial(tiles)} permutations, not {count}")
@@ -310,7 +310,7 @@ FLAGS = {  # type, lowest, highest, help, the paper's value
                    "largest square", "1"),
     "gray": (float, 0, 1, "fraction of images whose colours are dropped", "0.3"),
     "invert": (float, 0, 1, "fraction of images made negatives", "0"),
-    "tile_dim": (int, 1, 10**5, "length of a tile's embedding", "1024"),
+    "tile_dim": (int, 1, 10**5, "length of a tile's embedding", "1024 in its code"),
     "hidden_dim": (int, 1, 10**5, "width of the head's hidden layer", "4096"),
 }
 
@@ -325,14 +325,14 @@ def parse_args(argv=None):
     return args
 
 
-# Sources. imagenet: vissl's ResNet-50 (rate falls at epochs 30, 60, 90 and 100; its probe is better
-# with 100 permutations than with 2000). cifar: no recipe is published; tiles as at 255 pixels in
-# proportion, not tuned. demo: measured on the drawn images. cpu: for real images, not tuned.
-# Departures from the papers: ResNets (paper: AlexNet), with the head of Kolesnikov et al. (2019)
-# without its dropout; images are flipped, as in vissl; the channels of a tile are not jittered. A
-# permutation is chosen by its smallest distance first, then by its mean distance (paper: by this
-# alone). The relative task has the puzzle's gaps (paper: half a tile; --tile-size 57 of 255 pixels
-# gives that on average) and drops colours as the puzzle does.
+# Sources. imagenet: vissl's ResNet-50 (its probe is better with 100 permutations than with 2000),
+# which has no hidden layer, normalises no tiles and does not decay BN. cifar: tiles as at 255
+# pixels in proportion, not tuned, nor is cpu. demo: measured on drawn images.
+# Departures from the papers: ResNets (paper: AlexNet); vissl's embedding and flips, the hidden
+# layer of Kolesnikov et al. (2019) without its dropout; no jitter of a tile's channels; the BN of
+# the backbone that is kept is calibrated on whole images at the end. A permutation is chosen by its
+# smallest distance, then by its mean (paper: by this alone). The relative task has the puzzle's
+# gaps (paper: half a tile; --tile-size 57 of 255 gives that) and drops colours.
 
 if __name__ == "__main__":
     from common import main

@@ -239,7 +239,7 @@ def augment(images, aspect, version, image_size, crop_scale, blur, solarize):
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose rate adapts to each tensor (You et al., 2017, arXiv 1708.03888):
+    """SGD with momentum, and a rate for each tensor (You et al., 1708.03888), as in SimCLR's code:
 
         g ← g + weight_decay · w;   v ← momentum · v + η · |w| / |g| · g;   w ← w - lr · v
 

@@ -205,8 +205,9 @@ RECIPES = {
     "invert":        (0.5,        0.0,        0.0,              0.0),
 }
 FLAGS = {  # type, lowest, highest, help, the paper's value
-    "lr_drops": ([float], 0, 1, "fractions of the training at which the rate falls", "0.3 0.6 0.8"),
-    "lr_factor": (float, 0, 1, "what the rate is multiplied by when it falls", "0.2"),
+    "lr_drops": ([float], 0, 1, "fractions of the training at which the rate falls",
+                 "0.3 0.6 0.8 on CIFAR"),
+    "lr_factor": (float, 0, 1, "what the rate is multiplied by when it falls", "0.2, ImageNet 0.1"),
     "crop": (("shift", "resized"), None, None, "shift: by up to 4 pixels; resized: of random size",
              "shift on CIFAR, resized on ImageNet"),
     "invert": (float, 0, 1, "fraction of views made negatives, so that the direction of the light "
@@ -222,8 +223,9 @@ def parse_args(argv=None):
 
 # Sources. cifar: gidariss/FeatureLearningRotNet (rate 0.1 for 128 images; falls at epochs 60, 120
 # and 160), with a ResNet. imagenet: mmselfsup's ResNet-50 (rate 0.2 for 128 images; falls at epochs
-# 30 and 50). The paper's AlexNet has 50 epochs of batch 192, rate 0.01, a tenth of it from epochs
-# 15, 30 and 45 on, weight decay 5e-4, no warm-up. demo: measured on drawn images; cpu: not tuned.
+# 30 and 50; no Nesterov). The authors' code for AlexNet has 50 epochs of batch 192, rate 0.01, a
+# tenth of it from epochs 15, 30 and 45 on, weight decay 5e-4, no warm-up. demo: measured on drawn
+# images; cpu: not tuned.
 #
 # Departures from the paper: ResNets (paper: NIN and AlexNet), with one linear layer on the pooled
 # features; pixels are normalised with ImageNet's mean and std on CIFAR, too.

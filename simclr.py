@@ -36,7 +36,7 @@ class SimCLR(nn.Module):
 
     backbone: (B, 3, H, W) -> (B, feature_dim). proj_layers: 2 as in SimCLR v1, 3 as in v2.
     As in the official code, each layer is linear without bias, then BN; the last BN has a scale
-    and no offset. (Other projects' projectors have biases, and no last BN.)
+    and no offset. (solo-learn's has biases and no BN, lightly's last BN an offset.)
     """
 
     def __init__(self, backbone, feature_dim, proj_dim=128, proj_layers=2):
@@ -84,8 +84,8 @@ def positive_found(z1, z2):
 
 
 # ------------------------------------------------------ the surveys' other contrastive losses
-# (B, D), (B, D) -> scalar, the mean of L_i. s_ij = sim(z_i, z_j) / τ, i of views 1, j of views 2;
-# with 2B anchors, i is of both, s_i+ with its other view, s_ik with N = 2B - 2 of other images.
+# (B, D), (B, D) -> scalar, the mean of L_i. s_ij = sim(z_i, z_j) / τ; i is a view 1, j a view 2.
+# With 2B anchors, i is any view, + its other view, k one of the N = 2B - 2 views of other images.
 
 
 def infonce_loss(z1, z2, temperature):
@@ -95,9 +95,9 @@ def infonce_loss(z1, z2, temperature):
 
 
 def nce_loss(z1, z2, temperature):
-    """Binary NCE (as in InstDisc, 1805.01978): is ij one image, or one of k = B - 1 noise pairs?
+    """Binary NCE (as in InstDisc, 1805.01978): are i and j one image, or noise, k = B - 1 of B?
         L_i = -log h_ii - Σ_{j≠i} log(1 - h_ij),   h = exp(s) / (exp(s) + k) = σ(s - ln k)
-    exp(s) is p / p_n (there: times a constant). Chance, s = 0: B ln B - (B - 1) ln(B - 1)."""
+    exp(s) stands for p / p_n (there: n p / Z). Chance, s = 0: B ln B - (B - 1) ln(B - 1)."""
     logits = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T / temperature - math.log(len(z1) - 1)
     labels = torch.eye(len(z1), dtype=logits.dtype, device=z1.device)
     return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / len(z1)
@@ -185,7 +185,7 @@ def augment(images, aspect, image_size, crop_scale, jitter_strength, blur):
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose rate adapts to each tensor (You et al., 2017, arXiv 1708.03888):
+    """SGD with momentum, and a rate for each tensor (You et al., 1708.03888), as in SimCLR's code:
 
         g ← g + weight_decay · w;   v ← momentum · v + η · |w| / |g| · g;   w ← w - lr · v
 
@@ -326,9 +326,10 @@ def parse_args(argv=None):
     return parse_flags("simclr", __doc__, RECIPES, FLAGS, argv)
 
 
-# Sources. imagenet: the paper and google-research/simclr (batch 4096, rate for small batches
-# 0.075 √B, decay 1e-4, in the paper 1e-6). cifar: augmentation of that repository's README, else
-# lightly's CIFAR-10 benchmark. demo: measured on the drawn images. cpu: for real ones, not tuned.
+# Sources. imagenet: the paper and google-research/simclr (batch 4096; rate 0.075 √B, that is, 0.85
+# per 256 at 512 but 0.3 at 4096; decay 1e-4, in the paper 1e-6). cifar: augmentation and warm-up of
+# that repository, rate, decay and batch of lightly's CIFAR-10 benchmark. demo: measured on drawn
+# images. cpu: not tuned.
 # Departures from the paper: pixels are normalised by ImageNet's mean and std (official: in [0, 1]);
 # small crops are bilinear (official: bicubic); LARS keeps the rate outside the momentum buffer; the
 # loss is half the official one. In the official code only: a residual block's last BN starts at 0.

@@ -37,8 +37,8 @@ class SimSiam(nn.Module):
     """Backbone, projector and predictor.
 
     backbone: (B, 3, H, W) -> (B, feature_dim). proj_layers: 3, or 2 as in the paper for CIFAR-10.
-    The projector ends in a BN without scale and offset, which keeps z spread out. The predictor is
-    a bottleneck, and has no BN at its output.
+    The projector ends in a BN without scale and offset, which alone does not prevent collapse. The
+    predictor is a bottleneck, and has no BN at its output.
     """
 
     def __init__(self, backbone, feature_dim, proj_dim=2048, pred_dim=512, proj_layers=3):
