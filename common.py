@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from torch import cos, nn, sin, tanh
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.v2.functional import pil_to_tensor, rgb_to_grayscale, to_pil_image
 from torchvision.utils import save_image
 
 warnings.filterwarnings("ignore", module="PIL")  # of very large or oddly tagged images
@@ -49,17 +49,21 @@ def main(train, parse_args, argv=None):
         known = "memory|DataLoader|gloo|NCCL|[Cc]onnection"
         if isinstance(error, RuntimeError) and not re.search(known, str(error)):
             raise
-        time.sleep(10 * (rank() > 0))  # the first one prints it, and torchrun ends the others
-        print("error:", " ".join(str(error).split())[:500] or "out of memory", file=sys.stderr)
-        sys.exit(1)
+        fail(" ".join(str(error).split())[:500] or "out of memory", 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+def fail(message, status):
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(10)  # the first process says it, and torchrun ends the others
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
 def wrong_arguments(message):
-    print(f"error: {message} (see --help)", file=sys.stderr)
-    sys.exit(2)
+    fail(f"{message} (see --help)", 2)
 
 
 def architecture(text):
@@ -107,7 +111,9 @@ def parse(argv, flags, defaults, doc="", recipe=None):
     groups = {title: parser.add_argument_group(title) for title in ("data", "run", "method")}
     for name, (kind, _, _, text, *paper) in flags.items():
         if (default := defaults.get(name)) is not None and default is not False:
-            text += f"; default {default}"
+            shown = f"{default}" if not isinstance(kind, list) else " ".join(
+                f"{value:.3g}" for value in default)
+            text += f"; default {shown}"
             text += f" (recipe {recipe})" if recipe and name not in DEFAULTS else ""
         options = {"help": "; paper ".join([text, *paper]).replace("%", "%%"), "default": default}
         if kind is bool:
@@ -131,8 +137,7 @@ def parse(argv, flags, defaults, doc="", recipe=None):
 
 def parse_flags(method, doc, recipes, flags, argv=None):
     """-> Namespace of a method's arguments, with `method`, and `given`: names of those given by
-    hand. They are parsed first, to find the recipe or the saved run that has the others' values.
-    """
+    hand. These are parsed first, to find the recipe or saved run that has the others' values."""
     argv = sys.argv[1:] if argv is None else argv
     flags = FLAGS | {"recipe": (recipes["recipe"], *FLAGS["recipe"][1:])} | flags
     given = vars(parse([word for word in argv if word not in ("-h", "--help")], flags, {}))
@@ -150,9 +155,7 @@ def parse_flags(method, doc, recipes, flags, argv=None):
         if not isinstance(saved, dict) or saved.get("method") != method:
             raise Failure(f"{out}/checkpoint.pth holds no run of {method}.py")
         saved = saved["args"]
-    recipe = (given | saved).get("recipe") or choose_recipe(given.get("data"), given.get("device"))
-    if given.get("recipe", recipe) != recipe:
-        raise Failure(f"--recipe {given['recipe']}: the run in {out} has --recipe {recipe}")
+    recipe = (saved | given).get("recipe") or choose_recipe(given.get("data"), given.get("device"))
     column = recipes["recipe"].index(recipe)
     defaults = DEFAULTS | {name: row[column] for name, row in recipes.items()} | saved
     args = parse(argv, flags, defaults, doc, recipe)
@@ -191,8 +194,9 @@ def start(name, seed, deterministic=False):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
-        device = torch.empty(1, device=name).device
-    except (AssertionError, RuntimeError):
+        device = (x := torch.zeros(1, device=name)).device
+        x.item()  # a device that computes
+    except (AssertionError, ImportError, RuntimeError):
         wrong_arguments(f"--device {name} is no device of this machine")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -266,7 +270,7 @@ def to_square(image, side):
     image.draft(None, (2 * side, 2 * side))  # a JPEG may decode at a fraction of its size
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
-        gray = pil_to_tensor(image).float()
+        gray = pil_to_tensor(image.convert("F"))
         top = next(top for top in (1, 255, 4095, 65535) if gray.max() <= top)
         image = to_pil_image((gray * (255 / top)).round().clamp(min=0).byte())
     if image.has_transparency_data:
@@ -281,7 +285,7 @@ class ImageSet:
     names: paths below the folder `origin`, or indices of `items`, a set of torchvision; labels:
     (N,), -1 = none; left_out: what was not read, in words."""
 
-    pixels, aspect, side, workers = None, None, None, 0
+    pixels, aspect, side, workers, decoded = None, None, None, 0, False
 
     def __init__(self, origin, names, labels, classes, left_out=(), items=None):
         self.origin, self.names, self.classes, self.items = origin, names, classes, items
@@ -325,6 +329,8 @@ class ImageSet:
                             num_workers=self.workers, pin_memory=device.type == "cuda",
                             generator=torch.Generator())  # else it draws from the global one
         for images, aspect in loader:
+            if self.decoded and not aspect.all():
+                raise Failure(f"images of {self.origin} can be read no longer")
             yield images.to(device, non_blocking=True), aspect.float().to(device, non_blocking=True)
 
 
@@ -421,9 +427,12 @@ def free_memory(device):
     """Free bytes of a GPU; of a CPU, half the machine's or container's, per process."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    total = 8e9  # where nobody says
-    with suppress(AttributeError, OSError, ValueError):
+    try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        say("the machine does not tell its memory: 4 GB are taken to be free")
+        total = 8e9
+    with suppress(OSError, ValueError):
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # or "max"
     return total / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
@@ -457,6 +466,7 @@ def decode(images, side, workers, device):
             dist.all_reduce(part)
     if fits:
         images.pixels, images.aspect = pixels.to(device), aspect.to(device)
+    images.decoded = True
     if bad := [name for name, value in zip(images.names, aspect.tolist()) if not value]:
         images = images.subset(aspect.nonzero().flatten().tolist())
         names = ", ".join(map(repr, bad[:20])) + ", ..." * (len(bad) > 20)
@@ -614,13 +624,8 @@ def random_horizontal_flip(x, p=0.5):
     return torch.lerp(x, x.flip(3), chosen(x, p))  # exact at 0 and 1, faster than torch.where
 
 
-def grayscale(x):
-    r, g, b = x.split(1, 1)
-    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)  # (B, 1, H, W)
-
-
 def random_grayscale(x, p=0.2):
-    return torch.lerp(grayscale(x), x, 1 - chosen(x, p)).clamp_(0, 1)
+    return torch.lerp(rgb_to_grayscale(x), x, 1 - chosen(x, p)).clamp_(0, 1)
 
 
 def color_jitter(x, brightness, contrast, saturation, hue, p=0.8):
@@ -633,10 +638,10 @@ def color_jitter(x, brightness, contrast, saturation, hue, p=0.8):
         if i == 0:
             x = (x * factor).clamp_(0, 1)
         elif i == 1:
-            mean = grayscale(x.mean((2, 3), keepdim=True))
+            mean = rgb_to_grayscale(x.mean((2, 3), keepdim=True))
             x = (x * factor).add_(mean * (1 - factor)).clamp_(0, 1)
         elif i == 2:
-            x = torch.lerp(grayscale(x), x, factor).clamp_(0, 1)
+            x = torch.lerp(rgb_to_grayscale(x), x, factor).clamp_(0, 1)
         else:
             x = adjust_hue(x, hue * u[:, 3])
     return x
@@ -659,19 +664,15 @@ def gaussian_blur(x, p, kernel_size=None, sigma=(0.1, 2.0)):
     """sigma: pixels. kernel_size: odd; by default a tenth of the width."""
     radius = (kernel_size or x.shape[3] // 10 | 1) // 2
     sigma = uniform(len(x), device=x.device, low=sigma[0], high=sigma[1])
-    sigma = sigma[:, None] * chosen(x, p).flatten(1)
-    # On a CPU skip images that stay sharp; on a GPU the host would have to wait for their number.
-    rows = sigma[:, 0].nonzero().squeeze(1) if x.device.type == "cpu" else slice(None)
+    sigma = (sigma[:, None] * chosen(x, p).flatten(1)).clamp(min=1e-3)  # which changes nothing
     if p == 0:
         return x
-    blurred, sigma, x = x[rows], sigma[rows].clamp(min=1e-3), x.clone()
     offset = torch.arange(-radius, radius + 1, device=x.device)
     weights = torch.softmax(-0.5 * (offset / sigma) ** 2, 1)[:, :, None, None, None].unbind(1)
     for axis, padding in (2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0)):
-        padded, blurred = F.pad(blurred, padding, mode="reflect"), torch.zeros_like(blurred)
+        padded, x = F.pad(x, padding, mode="reflect"), torch.zeros_like(x)
         for i, weight in enumerate(weights):
-            blurred.addcmul_(padded.narrow(axis, i, x.shape[axis]), weight)
-    x[rows] = blurred
+            x.addcmul_(padded.narrow(axis, i, x.shape[axis]), weight)
     return x
 
 
@@ -817,18 +818,15 @@ def load_checkpoint(args, images, model, optimizer):
     saved, log = read_file(f"{args.out}/checkpoint.pth"), f"{args.out}/log.jsonl"
     if saved["images"] != fingerprint(images):
         raise Failure(f"{args.out} was trained on {saved['images']}, not {fingerprint(images)}")
-    for name in "batch_size", "optimizer":
+    for name in "recipe", "batch_size", "optimizer", "weight_decay":
         if saved["args"].get(name) != vars(args).get(name):
             raise Failure(f"--{name.replace('_', '-')} {vars(args)[name]}: the run in {args.out} "
                           f"has {saved['args'][name]}, which a resumed one cannot change")
     if args.epochs * (len(images) // args.batch_size) < saved["step"]:
         raise Failure(f"--epochs {args.epochs}: the run in {args.out} is beyond them already")
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
     try:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        for group, decay in zip(optimizer.param_groups, decays):
-            group["weight_decay"] = decay if "weight_decay" in args.given else group["weight_decay"]
     except (KeyError, RuntimeError, ValueError) as error:
         raise Failure(f"{args.out}/checkpoint.pth does not fit this model: {error}")
     changed = [f"--{name.replace('_', '-')}" for name in args.given
@@ -917,8 +915,7 @@ def save_picture(path, *columns):
     side = max(column.shape[-1] for column in columns)
     side *= -(-128 // side)
     rows = torch.stack([F.interpolate(c.float(), side, mode="nearest-exact") for c in columns], 1)
-    save_image(rows.flatten(0, 1), path, nrow=len(columns), padding=4, pad_value=1,
-               format="png")
+    save_image(rows.flatten(0, 1), path, nrow=len(columns), padding=4, pad_value=1, format="png")
 
 
 def save_views(args, images, device, *augments):

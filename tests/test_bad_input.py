@@ -4,6 +4,7 @@ Each ends with at most one line on stderr, the documented exit status, and nothi
 
 import os
 import shutil
+import time
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -212,6 +213,8 @@ COMMAND_LINES = {  # -> script, flags, exit status, words
     "mask ratio 1": ("mae", ["--mask-ratio", "1.0"], 2, "--mask-ratio"),
     "EMA momentum 2": ("byol", ["--ema-momentum", "2"], 2, "--ema-momentum"),
     "no such device": ("simclr", ["--device", "cuda:99"], 2, "cuda:99"),
+    "device without numbers": ("simclr", ["--device", "meta"], 2, "--device meta"),
+    "device of another torch": ("simclr", ["--device", "hpu"], 2, "--device hpu"),
     "--out is a file": ("simclr", ["--out", "file"], 1, "file"),
 }
 
@@ -223,6 +226,17 @@ def test_command_line(run, class_folders, case):
     before = tree()
     assert_one_line(run(method, *TINY, *flags), status, words)
     assert tree() == before
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_says_it(run, class_folders, monkeypatch, rank):
+    """torchrun ends the others, which are only later."""
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setenv("RANK", str(rank))
+    for flags, status in (["--lr", "nan"], 2), (["--init", "none"], 1):
+        assert_one_line(run("simclr", *TINY, *flags), status, flags[1])
+    assert pauses == [10, 10] * rank
 
 
 @pytest.mark.parametrize("batch, given, world, expected", [

@@ -89,7 +89,7 @@ LEVELS = torch.arange(256).view(16, 16)
 
 @pytest.mark.parametrize("kind, top", [
     (np.uint16, 65535), (np.uint16, 4095), (np.int32, 65535), (np.int32, 255), (np.float32, 1),
-    (np.float32, 255)])
+    (np.float32, 255), (">u2", 65535)])  # which has the high byte first
 def test_more_than_8_bits_are_scaled(kind, top):
     """12 bits, too, of which some cameras and scanners make a 16-bit file."""
     Image.fromarray((LEVELS / 255 * top).round(decimals=4).numpy().astype(kind)).save("x.tiff")
@@ -155,6 +155,8 @@ def test_unreadable_images_are_left_out(monkeypatch, capsys, streaming):
     for seed, name in enumerate(("train/cat", "train/dog", "val/cat", "val/dog")):
         write_images(Path("images", name), 100 if seed < 2 else 3, seed=seed, suffix=".jpg")
     whole, _ = load_data("images", image_size=32)
+    kept = [i for i in range(200) if i % 10]
+    expected = all_images(whole)[0][kept]
     for i in range(0, 100, 10):
         cut(Path(f"images/train/cat/{i:03}.jpg"))
         Path(f"images/train/dog/{i:03}.jpg").write_text("<html>not found</html>")
@@ -170,11 +172,19 @@ def test_unreadable_images_are_left_out(monkeypatch, capsys, streaming):
     assert first.endswith("'dog/080.jpg', 'dog/090.jpg')")
     assert "; 20 unreadable ('cat/000.jpg', 'cat/010.jpg', 'cat/020.jpg', " in first
     assert second.endswith("; 1 unreadable ('cat/001.jpg')")
-    kept = [i for i in range(200) if i % 10]
     assert train.names == [whole.names[i] for i in kept] and len(test) == 5
     assert torch.equal(train.labels, whole.labels[kept])
-    assert torch.equal(all_images(train)[0], all_images(whole)[0][kept])
+    assert torch.equal(all_images(train)[0], expected)
     assert (all_images(train)[1] == 1).all()
+
+
+def test_images_that_get_lost_later_stop_the_run(monkeypatch):
+    monkeypatch.setattr(common, "free_memory", lambda device: 0)
+    write_images(Path("images"), 4)
+    train, _ = load_data("images", image_size=32)
+    os.remove("images/002.png")
+    with pytest.raises(Failure, match="images of images can be read no longer"):
+        all_images(train)
 
 
 def test_nothing_readable_is_an_error():
@@ -378,7 +388,7 @@ def test_streaming_gives_the_same_images(monkeypatch, workers):
 
 @pytest.mark.parametrize("limit, processes, free", [
     ("4096\n", "1", 2048), ("4096\n", "2", 1024), ("max\n", "1", 10240), (None, "1", 10240)])
-def test_free_memory(monkeypatch, limit, processes, free):
+def test_free_memory(monkeypatch, capsys, limit, processes, free):
     """Half of the machine's or the container's, shared by the processes."""
     def read_text(path):
         assert str(path) == "/sys/fs/cgroup/memory.max"
@@ -391,7 +401,8 @@ def test_free_memory(monkeypatch, limit, processes, free):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     assert common.free_memory(CPU) == free
     monkeypatch.delattr(os, "sysconf")  # as on Windows
-    assert 1e9 < common.free_memory(CPU) < 1e10
+    assert common.free_memory(CPU) == (free if limit == "4096\n" else 4e9)
+    assert "4 GB are taken" in capsys.readouterr().out
 
 
 def test_half_of_the_free_memory_is_used(monkeypatch):
