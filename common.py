@@ -295,12 +295,11 @@ class ImageSet:
         return len(self.names)
 
     def open(self, i):
-        """-> PIL image; of a file, only the header is read yet."""
         if self.items:
             return self.items[self.names[i]][0]
         if not os.path.isfile(path := os.path.join(self.origin, self.names[i])):
             raise OSError(f"{path} is no file")  # a pipe would wait for ever
-        return Image.open(path)
+        return Image.open(path)  # reads its header only
 
     def __getitem__(self, i):
         """-> uint8 (3, S, S) and width / height, which is 0 for an image that cannot be read."""
@@ -318,8 +317,7 @@ class ImageSet:
         return part
 
     def load(self, index_lists, device):
-        """Lists of B indices -> yields uint8 images (B, 3, S, S) and their aspects (B,), width /
-        height, on the device."""
+        """Lists of B indices -> yields images (B, 3, S, S) and aspects (B,), on the device."""
         if self.pixels is not None:
             for indices in index_lists:
                 indices = torch.as_tensor(indices, device=self.pixels.device)
@@ -331,7 +329,7 @@ class ImageSet:
         for images, aspect in loader:
             if self.decoded and not aspect.all():
                 raise Failure(f"images of {self.origin} can be read no longer")
-            yield images.to(device, non_blocking=True), aspect.float().to(device, non_blocking=True)
+            yield [x.to(device, non_blocking=True) for x in (images, aspect.float())]
 
 
 def fingerprint(images):
