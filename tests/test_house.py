@@ -17,7 +17,7 @@ from processes import run_processes
 from torch import nn
 from torchvision.transforms import v2
 
-LINES = {"common": 930, "linear_probe": 400, "simclr": 340, "moco": 470, "byol": 290,
+LINES = {"common": 650, "linear_probe": 400, "simclr": 340, "moco": 470, "byol": 290,
          "simsiam": 260, "swav": 360, "barlow": 330, "dino": 480, "mae": 430, "rotation": 260,
          "jigsaw": 340}
 ORDER = ["model", "loss", "augmentation", "training"]
@@ -34,11 +34,17 @@ def definitions(name):
     return {(type(node), node.name): node.end_lineno - node.lineno + 1 for node in nodes}
 
 
-@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("name", [
+    pytest.param("common", marks=pytest.mark.xfail(strict=True, reason="longer than promised")),
+    *(name for name in LINES if name != "common")])
 def test_sizes(name):
     lines = source(name).splitlines()
     assert len(lines) <= LINES[name]
     assert max(map(len, lines)) <= 100
+
+
+def test_common_does_not_grow_meanwhile():
+    assert len(source("common").splitlines()) <= 925
 
 
 def test_nothing_in_common_is_long():
