@@ -1,13 +1,16 @@
 """Jigsaw against independent slow versions, and each of the details that are commonly wrong."""
 
 import functools
+import io
 import itertools
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import common
 import jigsaw
@@ -197,7 +200,7 @@ def test_shuffled_tiles_laid_out_by_their_order_are_the_image():
     assert (picture[:, :, [0, 9, 10, 29]] == 1).all() and (picture[..., [0, 9, 10, 29]] == 1).all()
 
 
-def test_crops_and_negatives_are_the_demonstrations_only():
+def test_crops_and_negatives():
     images = torch.full((400, 3, 32, 32), 51, dtype=torch.uint8)  # 0.2; negative 0.8
     for invert, low, high in ((0.0, 0, 0), (0.5, 0.4, 0.6), (1.0, 1, 1)):
         views = common.denormalize(augment(images, torch.ones(400), 32, 1.0, 0.0, invert))
@@ -208,9 +211,28 @@ def test_crops_and_negatives_are_the_demonstrations_only():
         views = augment(images, torch.ones(100), 32, crop_scale, 0.0, 0.0)
         spans = common.denormalize(views).flatten(1) * 255
         assert low <= (spans.amax(1) - spans.amin(1)).mean() <= high
-    for recipe in "cifar", "imagenet":
-        args = jigsaw.parse_args(["--recipe", recipe])
-        assert (args.crop_scale, args.invert) == (1, 0)
+    assert jigsaw.RECIPES["invert"][1:] == (0, 0, 0) and jigsaw.RECIPES["crop_scale"][-1] == 1
+
+
+def grid_strength(crop_scale):
+    """How much larger steps between pixels are at the borders of a JPEG's blocks: in views of 32
+    pixels from files of 32, as a multiple of the same in images that were never compressed."""
+    smooth = F.interpolate(torch.rand(400, 3, 4, 4), size=32, mode="bilinear") * 255
+    images = (smooth + 20 * torch.randn(400, 3, 32, 32)).clamp(0, 255).to(torch.uint8)
+    files = [io.BytesIO() for _ in images]
+    for image, file in zip(images, files):
+        to_pil_image(image).save(file, "JPEG", quality=60)
+    ratios = []
+    for pixels in torch.stack([pil_to_tensor(Image.open(file)) for file in files]), images:
+        steps = augment(pixels, torch.ones(400), 32, crop_scale, 0.0, 0.0).diff(dim=3).abs()
+        ratios.append(steps[..., 7::8].mean() / steps.mean())
+    return (ratios[0] / ratios[1]).item()
+
+
+def test_small_images_are_cropped_to_hide_the_grid_of_jpeg():
+    assert grid_strength(1.0) > 1.2
+    for crop_scale, size in zip(jigsaw.RECIPES["crop_scale"], jigsaw.RECIPES["image_size"]):
+        assert size > 64 or grid_strength(crop_scale) < 1.13
 
 
 # ---- model

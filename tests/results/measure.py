@@ -101,6 +101,7 @@ def ablation_command(name):
 
 SUBSET = "--data cifar10 --recipe demo --max-images 10000"
 WHOLE = "--data cifar10 --recipe cpu"
+TILES = f"jigsaw.py {WHOLE} --image-size 32 --tile-size 8"
 EARLIER = "--epochs 5 --warmup-epochs 0.5 --batch-size 64 --lr 0.48"  # the demonstration's, then
 RUNS = {
     "demo": [(f"{m}-{seed}", f"{m}.py --seed {seed}") for seed in range(3) for m in METHODS],
@@ -110,6 +111,11 @@ RUNS = {
     "losses": [(f"loss-{loss}{suffix}", f"simclr.py {flags}{EARLIER} --loss {loss} --seed 0")
                for suffix, flags in (("", ""), ("-cifar", f"{SUBSET} ")) for loss in LOSSES],
     "ablation": [(name, ablation_command(name)) for name in ABLATIONS],
+    "jigsaw": [("jigsaw-tiles-8", f"{TILES} --epochs 20 --seed 0"),  # what was tried on CIFAR-10
+               ("jigsaw-tiles-8-colours", f"{TILES} --epochs 20 --gray 0 --seed 3"),
+               ("jigsaw-tiles-8-relative", f"{TILES} --epochs 20 --task relative --seed 3"),
+               ("jigsaw-tiles-8-uncropped", f"{TILES} --epochs 5 --crop-scale 1 --seed 3"),
+               ("jigsaw-tiles-18", f"jigsaw.py {WHOLE} --epochs 4 --seed 3")],
     "gpu": [(f"{m}-200", f"{m}.py --data cifar10 --recipe cifar --epochs 200 --seed 0")
             for m in METHODS],
 }
