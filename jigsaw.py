@@ -113,7 +113,7 @@ def solved(logits, labels):
 # An image is augmented, cut and shuffled. What would tell where tiles belong, without any knowledge
 # of objects, is taken away: lines that go on in the next tile (by random gaps), brightness that
 # changes across the image (each tile is normalised by itself), the coloured fringes of lenses (some
-# images lose their colours), and the 8-pixel grid of small JPEG files (crops are resampled).
+# images lose their colours), and most of the grid of small JPEG files (crops are resampled).
 
 
 def augment(images, aspect, image_size, crop_scale, gray, invert):
@@ -326,8 +326,8 @@ def parse_args(argv=None):
 
 
 # Sources. imagenet: vissl's ResNet-50 (its probe is better with 100 permutations than with 2000),
-# which has no hidden layer, normalises no tiles and does not decay BN. cifar: in proportion, not
-# tuned. cpu: at twice the size, a tile has 3x3 places in the last stage. demo: measured.
+# which has no hidden layer, normalises no tiles and does not decay BN. cifar: tiles in proportion,
+# not tuned. cpu: measured on CIFAR-10, at twice its size. demo: measured on drawn images.
 # Departures from the papers: ResNets (paper: AlexNet); vissl's embedding and flips, the hidden
 # layer of Kolesnikov et al. (2019) without its dropout; no jitter of a tile's channels; the BN of
 # the backbone that is kept is calibrated on whole images at the end. A permutation is chosen by its

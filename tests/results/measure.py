@@ -281,12 +281,18 @@ def loss_table(runs):
     return table("loss|drawn images: kNN|probe|10,000 of CIFAR-10: kNN|probe", rows)
 
 
+def last_epoch(run, health):
+    """The mean of a number of the log lines over the last epoch."""
+    *lines, _ = run["lines"]
+    return statistics.mean(ln[health] for ln in lines if ln["epoch"] == lines[-1]["epoch"])
+
+
 def ablation_table(runs):
     rows = []
     for name, (_, health, question) in ABLATIONS.items():
         pair = [runs.get(f"{name.split('-')[0]}-0"), runs.get(name)]
         if all(pair):
-            both = [[f"{run['lines'][-2][health]:.3f}", *accuracy([run])] for run in pair]
+            both = [[f"{last_epoch(run, health):.3f}", *accuracy([run])] for run in pair]
             cells = [f"{whole} → {ablated}" for whole, ablated in zip(*both)]
             rows.append([f"`{name}`", question, health.replace("_", " "), *cells])
     return table("ablation|question|health|whole → ablated|kNN|probe", rows)
