@@ -25,15 +25,15 @@ REPORT = {"trained": {"knn": 60.0, "probe": 70.0}, "random": {"knn": 30.0, "prob
 
 
 def write_run(results, name, probe=70.0, layers=None, finished=True, **record):
-    """A log of two steps, and its run.json."""
+    """A log of three steps in two epochs, and its run.json."""
     folder = results / name
     folder.mkdir(parents=True)
-    lines = [{"step": step, "epoch": step, "loss": loss, "spread": 0.5, "seconds": 60.0}
-             for step, loss in ((1, 2.0), (2, 1.0))]
+    lines = [{"step": step, "epoch": (step + 2) // 2, "loss": 2.0 / step, "spread": spread,
+              "seconds": 60.0} for step, spread in ((1, 0.9), (2, 0.4), (3, 0.6))]
     final = REPORT | {"trained": {"knn": 60.0, "probe": probe}}
     for i, (stage, row) in enumerate((layers or {}).items(), 1):
         final |= {f"trained {stage}": row, f"random {stage}": {"knn": 10.0 * i, "probe": 20.0 * i}}
-    lines += [{"step": 2, "report": final}] if finished else []
+    lines += [{"step": 3, "report": final}] if finished else []
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "run.json").write_text(json.dumps(record))
 
