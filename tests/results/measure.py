@@ -115,6 +115,8 @@ RUNS = {
                ("jigsaw-tiles-8-colours", f"{TILES} --epochs 20 --gray 0 --seed 3"),
                ("jigsaw-tiles-8-relative", f"{TILES} --epochs 20 --task relative --seed 3"),
                ("jigsaw-tiles-8-uncropped", f"{TILES} --epochs 5 --crop-scale 1 --seed 3"),
+               ("jigsaw-tiles-8-uncropped-500", f"{TILES} --epochs 20 --crop-scale 1 "
+                "--permutations 500 --hidden-dim 512 --seed 3"),
                ("jigsaw-tiles-18", f"jigsaw.py {WHOLE} --epochs 4 --seed 3")],
     "gpu": [(f"{m}-200", f"{m}.py --data cifar10 --recipe cifar --epochs 200 --seed 0")
             for m in METHODS],
