@@ -215,8 +215,8 @@ def test_crops_and_negatives():
 
 
 def grid_strength(crop_scale, size):
-    """How much larger steps between pixels are at the borders of a JPEG's blocks: in views of files
-    of 32 pixels, against the same images never compressed, as a fraction of them."""
+    """By what fraction steps between pixels at the borders of a JPEG's blocks are larger, in views
+    of files of 32 pixels, than in views of the same images never compressed."""
     smooth = F.interpolate(torch.rand(400, 3, 4, 4), size=32, mode="bilinear") * 255
     images = (smooth + 20 * torch.randn(400, 3, 32, 32)).clamp(0, 255).to(torch.uint8)
     files = [io.BytesIO() for _ in images]
