@@ -13,10 +13,10 @@ backbone learns features that the augmentation does not change and that tell ima
                   └─ augment ─ view2 ─ backbone ─ features ─ projector ─ z2 ─┘
                                                  └─ what is kept
 
-Run      python simclr.py                       demonstration: drawn images, CPU, minutes
+Run      python simclr.py                       demonstration: synthetic images, CPU, minutes
          python simclr.py --data path           a folder of images, or cifar10
          torchrun --nproc-per-node=8 simclr.py --data path
-Reuse    from simclr import SimCLR, simclr_loss, LARS, cosine         (needs torch only)
+Reuse    from simclr import SimCLR, simclr_loss, LARS, cosine_schedule    (needs torch only)
 """
 
 import copy
@@ -44,9 +44,11 @@ class SimCLR(nn.Module):
         self.backbone = backbone
         layers = []
         for _ in range(proj_layers - 1):
-            layers += [nn.Linear(feature_dim, feature_dim, bias=False),
-                       nn.BatchNorm1d(feature_dim), nn.ReLU(inplace=True)]
-        layers += [nn.Linear(feature_dim, proj_dim, bias=False), nn.BatchNorm1d(proj_dim)]
+            layers.append(nn.Linear(feature_dim, feature_dim, bias=False))
+            layers.append(nn.BatchNorm1d(feature_dim))
+            layers.append(nn.ReLU(inplace=True))
+        layers.append(nn.Linear(feature_dim, proj_dim, bias=False))
+        layers.append(nn.BatchNorm1d(proj_dim))
         self.projector = nn.Sequential(*layers)
         self.projector[-1].bias.requires_grad_(False)  # stays 0: no offset
 
@@ -66,8 +68,7 @@ def simclr_loss(z1, z2, temperature):
         l(i, j) = -log  exp(sim(z_i, z_j) / τ) / Σ_{k ≠ i} exp(sim(z_i, z_k) / τ)
 
     where j is the other view of i's image, k runs over all 2B views but i, and sim is the cosine.
-    Chance level: ln(2B - 1). The official code adds the means over both views' anchors: twice
-    this.
+    Chance level: ln(2B - 1). The official code adds the means over both views' anchors: twice this.
     """
     z = F.normalize(torch.cat([z1, z2]), dim=1)
     logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)
@@ -83,7 +84,197 @@ def positive_found(z1, z2):
     return (nearest == torch.arange(len(z1), device=z1.device)).float().mean()
 
 
-# ------------------------------------------------------ the surveys' other contrastive losses
+# --------------------------------------------------------------------------------- augmentation
+
+
+def augment(images, aspect, image_size, crop_scale, jitter_strength, blur):
+    """The paper's augmentation (appendix A): uint8 images (B, 3, S, S), squeezed to squares from
+    width / height = aspect (B,) -> views (B, 3, image_size, image_size). Both views are made by it.
+    """
+    from common import (color_jitter, gaussian_blur, normalize, random_grayscale,
+                        random_horizontal_flip, random_resized_crop)
+
+    s = jitter_strength
+    x = random_resized_crop(images, aspect, image_size, scale=(crop_scale, 1.0),
+                            interpolation="bicubic" if image_size > 64 else "bilinear")
+    x = random_horizontal_flip(x, p=0.5)
+    x = color_jitter(x, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
+    x = random_grayscale(x, p=0.2)
+    x = gaussian_blur(x, p=blur, sigma=(0.1, 2.0))
+    return normalize(x)
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum, and a rate for each tensor (You et al., 1708.03888):
+
+        g ← g + weight_decay · w;   v ← momentum · v + η · |w| / |g| · g;   w ← w - lr · v
+
+    The rate stands outside the momentum buffer v, as in Barlow Twins' official code; in SimCLR's it
+    stands inside. A parameter group with adapt=False is updated by plain SGD with momentum.
+    """
+
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.9, eta=0.001, adapt=True):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta,
+                                      adapt=adapt))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            # torch._foreach_*: one kernel for all tensors, where a loop would launch one for each
+            grads = [p.grad for p in params]
+            grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+            if group["adapt"]:
+                w_norm = torch.stack(torch._foreach_norm(params))
+                g_norm = torch.stack(torch._foreach_norm(grads))
+                trust = torch.where((w_norm > 0) & (g_norm > 0), group["eta"] * w_norm / g_norm, 1)
+                torch._foreach_mul_(grads, list(trust.unbind()))
+            for p in params:
+                if p not in self.state:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, grads)
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+        return loss
+
+
+def cosine_schedule(step, total_steps, warmup_steps, peak, end=0.0):
+    """Rises linearly to `peak` over the warm-up, then falls to `end` on half a cosine."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return end + (peak - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def make_optimizer(name, model, weight_decay):
+    """Biases and BN are neither decayed nor adapted."""
+    weights = [p for p in model.parameters() if p.ndim > 1 and p.requires_grad]
+    others = [p for p in model.parameters() if p.ndim <= 1 and p.requires_grad]
+    groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+    if name == "lars":
+        groups[1]["adapt"] = False
+        return LARS(groups, lr=0.0, weight_decay=weight_decay)
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=weight_decay)
+
+
+def train(args):
+    """Algorithm 1 of the paper, once per step."""
+    # Imported here, so that this file alone, copied elsewhere, can be imported without them.
+    from common import (SAVE_SECONDS, autocast, batch_that_fits, batches, gather, load_checkpoint,
+                        load_data, log, log_knn, make_backbone, open_run, parallel, save_checkpoint,
+                        save_views, start, warmup_that_fits, write_log)
+    from linear_probe import evaluate, load_backbone, quick_knn
+
+    device = start(args.device, args.seed)
+    open_run(args)
+    train_set, test_set = load_data(args, device)
+    args.batch_size = batch_that_fits(args.batch_size, train_set)  # over all processes
+    steps_per_epoch = len(train_set) // args.batch_size
+    total_steps = args.epochs * steps_per_epoch
+    warmup_steps = warmup_that_fits(round(args.warmup_epochs * steps_per_epoch), total_steps)
+    peak_lr = args.lr * args.batch_size / 256
+
+    backbone = make_backbone(args.arch, args.image_size, zero_init_residual=True)
+    untrained = copy.deepcopy(backbone)  # the report's baseline
+    if args.init:
+        load_backbone(args.init, network=backbone)
+    model = SimCLR(backbone, backbone.feature_dim, args.proj_dim, args.proj_layers)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
+    view = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale,
+                   jitter_strength=args.jitter_strength, blur=args.blur)
+    chance = math.log(2 * args.batch_size - 1) if args.loss == "nt-xent" else None
+
+    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
+    network = parallel(model, args.compile)  # DDP and SyncBN when there are several processes
+    save_views(args, train_set, device, view, view)
+    untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
+                              calibrate=True)
+    first_step = step
+    started = saved_at = time.monotonic()
+
+    for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
+        lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        view1 = view(images, aspect)
+        view2 = view(images, aspect)
+        with autocast(device):
+            z1, z2 = network(view1, view2)
+        z1 = gather(z1.float())  # negatives from all processes
+        z2 = gather(z2.float())
+        if args.loss == "nt-xent":
+            loss = simclr_loss(z1, z2, args.temperature)
+        else:
+            loss = OTHER_LOSSES[args.loss](z1, z2, args.temperature)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        done = step + 1
+        epoch_ends = done % steps_per_epoch == 0
+        if done == 1 or done % args.print_freq == 0 or epoch_ends:
+            seconds = time.monotonic() - started
+            log(args, done, total_steps, done - first_step, seconds, lr, loss, chance,
+                positive_found=positive_found(z1, z2))
+        if epoch_ends:
+            paused = time.monotonic()
+            trained_knn = quick_knn(backbone, train_set, test_set, args.image_size, device)
+            log_knn(args, done, total_steps, trained_knn, untrained_knn)
+            started += time.monotonic() - paused  # the speed is that of training alone
+        if time.monotonic() - saved_at > SAVE_SECONDS:
+            save_checkpoint(args, done, train_set, model, optimizer, backbone)
+            saved_at = time.monotonic()
+    save_checkpoint(args, total_steps, train_set, model, optimizer, backbone)
+    report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device)
+    write_log(args, {"step": total_steps, "report": report})
+
+
+RECIPES = {  # what differs between them; other flags have one default
+    "recipe":          ("demo",     "cpu",      "cifar",     "imagenet"),
+    "arch":            ("resnet8",  "resnet8",  "resnet18",  "resnet50"),
+    "image_size":      (32,         32,         32,          224),
+    "epochs":          (6,          20,         200,         100),
+    "warmup_epochs":   (1,          1,          10,          10),
+    "batch_size":      (32,         64,         512,         512),
+    "optimizer":       ("sgd",      "sgd",      "sgd",       "lars"),
+    "lr":              (0.12,       0.24,       0.12,        0.85),
+    "weight_decay":    (5e-4,       5e-4,       5e-4,        1e-4),
+    "temperature":     (0.2,        0.2,        0.5,         0.1),
+    "proj_dim":        (64,         64,         128,         128),
+    "crop_scale":      (0.35,       0.2,        0.08,        0.08),
+    "jitter_strength": (0.5,        0.5,        0.5,         1.0),
+    "blur":            (0.0,        0.0,        0.0,         0.5),
+}
+
+
+def parse_args(argv=None):
+    from common import make_parser, parse_with_recipe
+
+    parser = make_parser("simclr", __doc__, RECIPES)
+    add = parser.add_argument
+    add("--loss", choices=["nt-xent", *OTHER_LOSSES], default="nt-xent", help="contrastive loss")
+    add("--optimizer", choices=["sgd", "lars"], help="paper: lars")
+    add("--temperature", type=float, help="softmax temperature, τ; paper: 0.1")
+    add("--proj-layers", type=int, default=2, help="layers of the projector; paper: 2, in v2 3")
+    add("--proj-dim", type=int, help="length of z; paper: 128")
+    add("--crop-scale", type=float, help="smallest crop, fraction of the image's area; paper: 0.08")
+    add("--jitter-strength", type=float, help="strength of the color jitter, s; paper: 1")
+    add("--blur", type=float, help="fraction of views that are blurred; paper: 0.5")
+    return parse_with_recipe(parser, RECIPES, argv)
+
+
+# ----------------------------------------- appendix: the surveys' other contrastive losses
 # (B, D), (B, D) -> scalar, the mean of L_i. s_ij = sim(z_i, z_j) / τ; i is a view 1, j a view 2.
 # With 2B anchors, i is any view, + its other view, k one of the N = 2B - 2 views of other images.
 
@@ -98,7 +289,8 @@ def nce_loss(z1, z2, temperature):
     """Binary NCE (as in InstDisc, 1805.01978): are i and j one image, or noise, k = B - 1 of B?
         L_i = -log h_ii - Σ_{j≠i} log(1 - h_ij),   h = exp(s) / (exp(s) + k) = σ(s - ln k)
     exp(s) stands for p / p_n (there: n p / Z). Chance, s = 0: B ln B - (B - 1) ln(B - 1)."""
-    logits = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T / temperature - math.log(len(z1) - 1)
+    logits = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T / temperature
+    logits = logits - math.log(len(z1) - 1)
     labels = torch.eye(len(z1), dtype=logits.dtype, device=z1.device)
     return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / len(z1)
 
@@ -106,8 +298,13 @@ def nce_loss(z1, z2, temperature):
 def positives_and_negatives(z1, z2, temperature):
     """The logits of 2B anchors, s_i+ and s_ik: (2B,), (2B, N)."""
     z = F.normalize(torch.cat([z1, z2]), dim=1)
-    logits, image = z @ z.T / temperature, torch.arange(len(z), device=z.device) % len(z1)
-    return logits.diagonal(len(z1)).repeat(2), logits[image[:, None] != image].view(len(z), -1)
+    logits = z @ z.T / temperature
+    positives = logits.diagonal(len(z1)).repeat(2)
+    # Seen from view i, the others are i + 1, i + 2, ... modulo 2B, and i + B is of the same image.
+    steps = torch.arange(1, len(z), device=z.device)
+    steps = torch.cat([steps[: len(z1) - 1], steps[len(z1) :]])
+    others = (torch.arange(len(z), device=z.device)[:, None] + steps) % len(z)
+    return positives, logits.gather(1, others)
 
 
 def flatnce_loss(z1, z2, temperature):
@@ -156,183 +353,22 @@ def alignment_uniformity_loss(z1, z2, temperature):
     return alignment(z1, z2) + (uniformity(z1, t) + uniformity(z2, t)) / 2
 
 
-LOSSES = {"nt-xent": simclr_loss, "infonce": infonce_loss, "nce": nce_loss, "flatnce": flatnce_loss,
-          "debiased": debiased_loss, "hard": hard_negative_loss,
-          "alignment": alignment_uniformity_loss}
+OTHER_LOSSES = {"infonce": infonce_loss, "nce": nce_loss, "flatnce": flatnce_loss,
+                "debiased": debiased_loss, "hard": hard_negative_loss,
+                "alignment": alignment_uniformity_loss}
 
-
-# --------------------------------------------------------------------------------- augmentation
-
-
-def augment(images, aspect, image_size, crop_scale, jitter_strength, blur):
-    """The paper's augmentation (appendix A): uint8 images (B, 3, S, S), squeezed to squares from
-    width / height = aspect (B,) -> views (B, 3, image_size, image_size). Both views are made by it.
-    """
-    from common import (color_jitter, gaussian_blur, normalize, random_grayscale,
-                        random_horizontal_flip, random_resized_crop)
-
-    s = jitter_strength
-    x = random_resized_crop(images, aspect, image_size, scale=(crop_scale, 1.0),
-                            interpolation="bicubic" if image_size > 64 else "bilinear")
-    x = random_horizontal_flip(x, p=0.5)
-    x = color_jitter(x, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
-    x = random_grayscale(x, p=0.2)
-    x = gaussian_blur(x, p=blur, sigma=(0.1, 2.0))
-    return normalize(x)
-
-
-# ------------------------------------------------------------------------------------- training
-
-
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum, and a rate for each tensor (You et al., 1708.03888), as in SimCLR's code:
-
-        g ← g + weight_decay · w;   v ← momentum · v + η · |w| / |g| · g;   w ← w - lr · v
-
-    A parameter group with adapt=False is updated by plain SGD with momentum.
-    """
-
-    def __init__(self, params, lr, weight_decay=0.0, momentum=0.9, eta=0.001, adapt=True):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta,
-                                      adapt=adapt))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            grads = torch._foreach_add([p.grad for p in params], params,
-                                       alpha=group["weight_decay"])
-            if group["adapt"]:
-                w_norm = torch.stack(torch._foreach_norm(params))
-                g_norm = torch.stack(torch._foreach_norm(grads))
-                trust = torch.where((w_norm > 0) & (g_norm > 0), group["eta"] * w_norm / g_norm, 1)
-                torch._foreach_mul_(grads, list(trust.unbind()))
-            for p in params:
-                if p not in self.state:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, grads)
-            torch._foreach_add_(params, buffers, alpha=-group["lr"])
-
-
-def cosine(step, total_steps, warmup_steps, peak, end=0.0):
-    """Rises linearly to `peak` over the warm-up, then moves to `end` on half a cosine."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    t = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (peak - end) * (1 + math.cos(math.pi * t)) / 2
-
-
-def make_optimizer(name, model, weight_decay):
-    """Biases and BN are neither decayed nor adapted."""
-    weights = [p for p in model.parameters() if p.ndim > 1 and p.requires_grad]
-    others = [p for p in model.parameters() if p.ndim <= 1 and p.requires_grad]
-    groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
-    if name == "lars":
-        groups[1]["adapt"] = False
-        return LARS(groups, lr=0.0, weight_decay=weight_decay)
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=weight_decay)
-
-
-def train(args):
-    """Algorithm 1 of the paper, once per step."""
-    from common import (batch_that_fits, batches, gather, load_checkpoint, load_data, log,
-                        make_backbone, parallel, save_checkpoint, save_views, start, write_log)
-    from linear_probe import evaluate, load_init
-
-    device = start(args.device, args.seed, args.deterministic)
-    train_set, test_set = load_data(args.data, args.image_size, args.max_images, args.workers,
-                                    device)
-    args.batch_size = batch_that_fits(args, train_set)  # over all processes
-    steps_per_epoch = len(train_set) // args.batch_size
-    total_steps = args.epochs * steps_per_epoch
-    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
-    peak_lr = args.lr * args.batch_size / 256
-
-    backbone = make_backbone(args.arch, args.image_size, zero_init_residual=True)
-    untrained = copy.deepcopy(backbone)  # the report's baseline
-    load_init(backbone, args.init)
-    model = SimCLR(backbone, backbone.feature_dim, args.proj_dim, args.proj_layers)
-    model.to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
-    view = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale,
-                   jitter_strength=args.jitter_strength, blur=args.blur)
-    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
-    network = parallel(model, args.compile)  # DistributedDataParallel and SyncBN, if of several
-    save_views(args, train_set, device, view, view)
-    saved_at = save_checkpoint(args, step, train_set, model, optimizer, backbone)
-    started = step, time.monotonic()  # for the speed and the time left
-    chance = math.log(2 * args.batch_size - 1) if args.loss == "nt-xent" else None
-
-    for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
-        lr = cosine(step, total_steps, warmup_steps, peak_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        view1, view2 = view(images, aspect), view(images, aspect)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            z1, z2 = network(view1, view2)
-        z1, z2 = gather(z1.float()), gather(z2.float())  # negatives from all processes
-        loss = LOSSES[args.loss](z1, z2, args.temperature)  # simclr_loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-        done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
-        if done == 1 or done % args.print_freq == 0 or epoch_ends:
-            log(args, done, total_steps, started, lr, loss, chance,
-                positive_found=positive_found(z1, z2))
-        if epoch_ends or time.monotonic() - saved_at > 600:
-            saved_at = save_checkpoint(args, done, train_set, model, optimizer, backbone)
-    report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device)
-    write_log(args, {"step": total_steps, "report": report})
-
-
-RECIPES = {
-    "recipe":          ("demo",     "cpu",      "cifar",     "imagenet"),
-    "arch":            ("resnet8",  "resnet8",  "resnet18",  "resnet50"),
-    "image_size":      (32,         32,         32,          224),
-    "epochs":          (6,          20,         200,         100),
-    "warmup_epochs":   (1,          1,          10,          10),
-    "batch_size":      (32,         64,         512,         512),
-    "loss":            ("nt-xent",  "nt-xent",  "nt-xent",   "nt-xent"),
-    "optimizer":       ("sgd",      "sgd",      "sgd",       "lars"),
-    "lr":              (0.12,       0.24,       0.12,        0.85),
-    "weight_decay":    (5e-4,       5e-4,       5e-4,        1e-4),
-    "temperature":     (0.2,        0.2,        0.5,         0.1),
-    "proj_layers":     (2,          2,          2,           2),
-    "proj_dim":        (64,         64,         128,         128),
-    "crop_scale":      (0.35,       0.2,        0.08,        0.08),
-    "jitter_strength": (0.5,        0.5,        0.5,         1.0),
-    "blur":            (0.0,        0.0,        0.0,         0.5),
-}
-FLAGS = {  # type, lowest, highest, help, the paper's value
-    "loss": (tuple(LOSSES), None, None, "the contrastive loss", "nt-xent"),
-    "optimizer": (("sgd", "lars"), None, None, "optimizer", "lars"),
-    "temperature": (float, 1e-3, 100, "softmax temperature, τ", "0.1"),
-    "proj_layers": (int, 2, 3, "layers of the projector", "2 in v1, 3 in v2"),
-    "proj_dim": (int, 1, 10**5, "length of z", "128"),
-    "crop_scale": (float, 1e-3, 1, "smallest crop, as a fraction of the image's area", "0.08"),
-    "jitter_strength": (float, 0, 1.25, "strength of the colour jitter, s", "1"),
-    "blur": (float, 0, 1, "fraction of views that are blurred", "0.5"),
-}
-
-
-def parse_args(argv=None):
-    from common import parse_flags
-
-    return parse_flags("simclr", __doc__, RECIPES, FLAGS, argv)
-
+# ------------------------------------------------------------------------- sources and departures
 
 # Sources. imagenet: the paper and google-research/simclr (batch 4096; rate 0.075 √B, that is, 0.85
 # per 256 at 512 but 0.3 at 4096; decay 1e-4, in the paper 1e-6). cifar: augmentation and warm-up of
-# that repository, rate, decay and batch of lightly's CIFAR-10 benchmark. demo: measured on drawn
-# images. cpu: not tuned.
+# that repository, rate, decay and batch of lightly's CIFAR-10 benchmark. demo: measured on the
+# synthetic images. cpu: not tuned.
+#
 # Departures from the paper: pixels are normalised by ImageNet's mean and std (official: in [0, 1]);
-# small crops are bilinear (official: bicubic); LARS keeps the rate outside the momentum buffer; the
-# loss is half the official one. In the official code only: a residual block's last BN starts at 0.
+# small crops are bilinear (official: bicubic); crops are taken from a square canvas of 8/7 of the
+# view's side, so that elongated images lose detail (cut them beforehand); LARS keeps the rate
+# outside the momentum buffer; the loss is half the official one. In the official code only: a
+# residual block's last BN starts at 0.
 
 if __name__ == "__main__":
     from common import main
