@@ -1,4 +1,4 @@
-"""Barlow Twins: each dimension agrees between two views, and no two dimensions say the same.
+"""Barlow Twins: each dimension agrees between the views, and no two dimensions say the same thing.
 
 Zbontar et al., "Barlow Twins: Self-Supervised Learning via Redundancy Reduction" (2021,
 arXiv 2103.03230); --loss vicreg: Bardes et al., "VICReg: Variance-Invariance-Covariance
@@ -7,24 +7,25 @@ Survey family: information maximisation, redundancy reduction. What prevents col
 correlates with nothing, and copies of one dimension correlate with each other.
 
 Each image is augmented twice. The D dimensions of z1 are correlated over the batch with those of
-z2, and this D x D matrix is drawn to the identity: ones on the diagonal make each dimension ignore
-what the augmentation changes, zeros elsewhere make each say something that no other says. Images
-are not compared with each other, so there are no negatives; and the views are treated alike, with
-no predictor, stop-gradient or moving average.
+z2, and the loss pulls this D × D matrix towards the identity. Ones on the diagonal make each
+dimension ignore what the augmentation changes; zeros elsewhere make each say something that no
+other says. Images are not compared with each other, so there are no negatives. Both views are
+treated alike: there is no predictor, no stop-gradient and no moving average.
 
                   ┌─ augment1 ─ view1 ─ backbone ─ features ─ projector ─ z1 ─┐
         image ────┤                        (shared)                           ├─ C = identity
                   └─ augment2 ─ view2 ─ backbone ─ features ─ projector ─ z2 ─┘
-                                                  └─ what is kept
+                                                  └─ used after training
 
-VICReg, the second loss here, asks for the same in three terms: z1 and z2 are close; in each of
-them, every dimension has a deviation of at least 1, and no two dimensions have a covariance.
+VICReg, the second loss here, asks for the same in three terms: z1 and z2 are close; each of their
+dimensions has a standard deviation of at least 1; no two dimensions of one view have a covariance.
 
-Run      python barlow.py                       demonstration: drawn images, CPU, minutes
+Run      python barlow.py                       demonstration: synthetic images, CPU, minutes
          python barlow.py --data path           a folder of images, or cifar10
          python barlow.py --loss vicreg --lr-biases 0.2
          torchrun --nproc-per-node=8 barlow.py --data path
-Reuse    from barlow import BarlowTwins, barlow_loss, vicreg_loss, LARS, cosine  (needs torch only)
+Reuse    from barlow import BarlowTwins, barlow_loss, vicreg_loss, LARS, cosine_schedule
+         (needs torch only)
 """
 
 import copy
@@ -43,7 +44,7 @@ class BarlowTwins(nn.Module):
     """Backbone and projector, which VICReg calls an expander.
 
     backbone: (B, 3, H, W) -> (B, feature_dim). The projector's three layers are as wide as z, in
-    the paper wider than the features. They have no biases, and BN follows the first two only, as
+    the paper wider than the features. They have no biases, and BN follows only the first two, since
     barlow_loss standardises z itself.
     """
 
@@ -52,29 +53,34 @@ class BarlowTwins(nn.Module):
         self.backbone = backbone
         self.projector = nn.Sequential(
             nn.Linear(feature_dim, proj_dim, bias=False),
-            nn.BatchNorm1d(proj_dim), nn.ReLU(inplace=True),
+            nn.BatchNorm1d(proj_dim),
+            nn.ReLU(inplace=True),
             nn.Linear(proj_dim, proj_dim, bias=False),
-            nn.BatchNorm1d(proj_dim), nn.ReLU(inplace=True),
+            nn.BatchNorm1d(proj_dim),
+            nn.ReLU(inplace=True),
             nn.Linear(proj_dim, proj_dim, bias=False))
 
     def forward(self, view1, view2):
         """Two (B, 3, H, W) -> two (B, D). One pass per view, so that each view has its own BN
         statistics, as in the official code."""
-        return self.projector(self.backbone(view1)), self.projector(self.backbone(view2))
+        z1 = self.projector(self.backbone(view1))
+        z2 = self.projector(self.backbone(view2))
+        return z1, z2
 
 
 # ----------------------------------------------------------------------------------------- loss
 
 
 def correlate(z1, z2):
-    """Equation 2 of Barlow Twins: (B, D), (B, D) -> C (D, D). It holds for z of mean 0, so z is
-    standardised first, a step that many texts leave out.
+    """Equation 2 of Barlow Twins: (B, D), (B, D) -> C (D, D). The equation takes z to be of mean 0,
+    so z is standardised first, a step that many texts leave out.
 
         C_ij = 1/B Σ_b ẑ1_bi ẑ2_bj,    ẑ = (z - mean) / √(var + 1e-5)
 
     The variance is the biased one (1/B), as in the official code's BN, so C_ii is at most 1.
     """
-    z1, z2 = (F.batch_norm(z, None, None, training=True, eps=1e-5) for z in (z1, z2))
+    z1 = F.batch_norm(z1, None, None, training=True, eps=1e-5)
+    z2 = F.batch_norm(z2, None, None, training=True, eps=1e-5)
     return z1.T @ z2 / len(z1)
 
 
@@ -88,7 +94,7 @@ def barlow_loss(z1, z2, off_diagonal_weight):
 
         Σ_i (1 - C_ii)² + λ Σ_i Σ_{j ≠ i} C_ij²
 
-    Constant z give D. The second sum has D - 1 times as many terms as the first, so a smaller D
+    A constant z gives D. The second sum has D - 1 times as many terms as the first, so a smaller D
     needs a larger λ.
     """
     correlation = correlate(z1, z2)
@@ -98,15 +104,17 @@ def barlow_loss(z1, z2, off_diagonal_weight):
 
 
 def vicreg_loss(z1, z2, invariance_weight=25.0, variance_weight=25.0, covariance_weight=1.0):
-    """VICReg: (B, D), (B, D) -> scalar. z in the sums over z is z1, then z2.
+    """VICReg: (B, D), (B, D) -> scalar. The sums over z have two terms, for z1 and z2.
 
         λ · mean (z1 - z2)² + μ Σ_z v(z) / 2 + ν Σ_z c(z)
         v = 1/D Σ_i max(0, 1 - √(Cov_ii + 1e-4)),    c = 1/D Σ_i Σ_{j ≠ i} Cov_ij²
 
     Cov is the unbiased covariance over the batch. The mean over D in the first term and the half in
-    the second are the official code's. Constant z give 0.99 μ.
+    the second are the official code's. A constant z gives 0.99 μ.
     """
-    invariance, variance, covariance = F.mse_loss(z1, z2), 0.0, 0.0
+    invariance = F.mse_loss(z1, z2)
+    variance = 0.0
+    covariance = 0.0
     for z in z1, z2:
         z = z - z.mean(0)
         cov = z.T @ z / (len(z) - 1)
@@ -120,11 +128,11 @@ def vicreg_loss(z1, z2, invariance_weight=25.0, variance_weight=25.0, covariance
 def health(z1, z2):
     """Health: (B, D), (B, D) -> three scalars by name, each a mean over dimensions.
 
-    diagonal: of C_ii; towards 1. 0 when z is constant.
-    off_diagonal: of |C_ij|, i ≠ j; towards 0, or 0.8 / √B, the chance level. Near 1 when all
-        dimensions say the same.
-    std: of the deviations of z1; about 1 in VICReg, of no importance in Barlow Twins. 0 when z is
-        constant.
+    diagonal: of C_ii. Rises towards 1; 0 where z is constant.
+    off_diagonal: of |C_ij|, i ≠ j. Falls towards 0, or to the chance level 0.8 / √B; near 1 where
+        all dimensions say the same.
+    std: of the standard deviations of z1. About 1 in VICReg, where 0 shows that z is constant; of
+        no importance in Barlow Twins.
     """
     c = correlate(z1, z2)
     off = off_diagonal(c).abs().sum() / (len(c) * (len(c) - 1))
@@ -135,9 +143,10 @@ def health(z1, z2):
 
 
 def augment(images, aspect, image_size, crop_scale, jitter_strength, blur, solarize):
-    """The paper's augmentation: uint8 images (B, 3, S, S), squeezed to squares from
-    width / height = aspect (B,) -> views (B, 3, image_size, image_size). The two views differ in
-    blur and solarize, the fractions of views that are blurred and whose bright pixels are inverted.
+    """The paper's augmentation: uint8 images (B, 3, S, S), resized to squares, and aspect (B,),
+    their original width / height -> views (B, 3, image_size, image_size). The two views differ in
+    blur and solarize: the fractions of views that are blurred, and whose bright pixels are
+    inverted.
     """
     from common import (color_jitter, gaussian_blur, normalize, random_grayscale,
                         random_horizontal_flip, random_resized_crop, random_solarize)
@@ -157,11 +166,12 @@ def augment(images, aspect, image_size, crop_scale, jitter_strength, blur, solar
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum, and a rate for each tensor (You et al., 1708.03888), as in SimCLR's code:
+    """SGD with momentum and a learning rate for each tensor (You et al., 1708.03888):
 
         g ← g + weight_decay · w;   v ← momentum · v + η · |w| / |g| · g;   w ← w - lr · v
 
-    A parameter group with adapt=False is updated by plain SGD with momentum.
+    lr multiplies v after the momentum update, as in Barlow Twins' official code; in SimCLR's it
+    multiplies the gradient before. A parameter group with adapt=False gets plain SGD with momentum.
     """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.9, eta=0.001, adapt=True):
@@ -169,13 +179,18 @@ class LARS(torch.optim.Optimizer):
                                       adapt=adapt))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            grads = torch._foreach_add([p.grad for p in params], params,
-                                       alpha=group["weight_decay"])
+            # torch._foreach_*: a few kernels for all tensors, instead of a few for each
+            grads = [p.grad for p in params]
+            grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
             if group["adapt"]:
                 w_norm = torch.stack(torch._foreach_norm(params))
                 g_norm = torch.stack(torch._foreach_norm(grads))
@@ -188,18 +203,20 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, grads)
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
+        return loss
 
 
-def cosine(step, total_steps, warmup_steps, peak, end=0.0):
-    """Rises linearly to `peak` over the warm-up, then moves to `end` on half a cosine."""
+def cosine_schedule(step, total_steps, warmup_steps, peak, end=0.0):
+    """Rises linearly to `peak` over the warm-up, then falls to `end` on half a cosine."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    t = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (peak - end) * (1 + math.cos(math.pi * t)) / 2
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return end + (peak - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def make_optimizer(model, weight_decay):
-    """Two groups, since their rates differ: weights; biases and BN, neither decayed nor adapted."""
+    """Two groups, since their rates differ: weights; and biases and BN, which are neither decayed
+    nor adapted."""
     weights = [p for p in model.parameters() if p.ndim > 1 and p.requires_grad]
     others = [p for p in model.parameters() if p.ndim <= 1 and p.requires_grad]
     groups = [{"params": weights}, {"params": others, "weight_decay": 0.0, "adapt": False}]
@@ -208,22 +225,25 @@ def make_optimizer(model, weight_decay):
 
 def train(args):
     """Algorithm 1 of Barlow Twins, once per step; of VICReg, with its loss."""
-    from common import (batch_that_fits, batches, gather, load_checkpoint, load_data, log,
-                        make_backbone, parallel, save_checkpoint, save_views, start, write_log)
-    from linear_probe import evaluate, load_init
+    # Imported here, so that this file alone, copied elsewhere, can be imported without them.
+    from common import (SAVE_SECONDS, autocast, batch_that_fits, batches, gather, load_checkpoint,
+                        load_data, log, log_knn, make_backbone, open_run, parallel, save_checkpoint,
+                        save_views, start, warmup_that_fits, write_log)
+    from linear_probe import evaluate, load_backbone, quick_knn
 
-    device = start(args.device, args.seed, args.deterministic)
-    train_set, test_set = load_data(args.data, args.image_size, args.max_images, args.workers,
-                                    device)
-    args.batch_size = batch_that_fits(args, train_set)  # over all processes
+    device = start(args.device, args.seed)
+    train_set, test_set = load_data(args, device)
+    args.batch_size = batch_that_fits(args.batch_size, train_set)  # over all processes
     steps_per_epoch = len(train_set) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
-    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
-    peak_lrs = args.lr * args.batch_size / 256, args.lr_biases * args.batch_size / 256
+    warmup_steps = warmup_that_fits(round(args.warmup_epochs * steps_per_epoch), total_steps)
+    peak_lr = args.lr * args.batch_size / 256
+    peak_lr_biases = args.lr_biases * args.batch_size / 256
 
     backbone = make_backbone(args.arch, args.image_size, zero_init_residual=True)
     untrained = copy.deepcopy(backbone)  # the report's baseline
-    load_init(backbone, args.init)
+    if args.init:
+        load_backbone(args.init, network=backbone)
     model = BarlowTwins(backbone, backbone.feature_dim, args.proj_dim)
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, args.weight_decay)
@@ -231,20 +251,29 @@ def train(args):
                    jitter_strength=args.jitter_strength)
     augment1 = partial(view, blur=args.blur1, solarize=0.0)
     augment2 = partial(view, blur=args.blur2, solarize=args.solarize2)
-    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
-    network = parallel(model, args.compile)  # DistributedDataParallel and SyncBN, if of several
-    save_views(args, train_set, device, augment1, augment2)
-    saved_at = save_checkpoint(args, step, train_set, model, optimizer, backbone)
-    started = step, time.monotonic()  # for the speed and the time left
     chance = args.proj_dim if args.loss == "barlow" else 0.99 * args.variance_weight  # constant z
 
+    open_run(args)
+    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or the step to resume from
+    network = parallel(model, args.compile)  # DDP and SyncBN when there are several processes
+    save_views(args, train_set, device, augment1, augment2)
+    untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
+                              calibrate=True)
+    first_step = step
+    started = saved_at = time.monotonic()
+
     for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
-        for group, peak_lr in zip(optimizer.param_groups, peak_lrs):  # weights, then biases and BN
-            group["lr"] = cosine(step, total_steps, warmup_steps, peak_lr, peak_lr / 1000)
-        view1, view2 = augment1(images, aspect), augment2(images, aspect)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr, peak_lr / 1000)
+        weights_group, biases_group = optimizer.param_groups
+        weights_group["lr"] = lr
+        biases_group["lr"] = cosine_schedule(step, total_steps, warmup_steps, peak_lr_biases,
+                                             peak_lr_biases / 1000)
+        view1 = augment1(images, aspect)
+        view2 = augment2(images, aspect)
+        with autocast(device):
             z1, z2 = network(view1, view2)
-        z1, z2 = gather(z1.float()), gather(z2.float())  # statistics of the total batch
+        z1 = gather(z1.float())  # correlations over all processes
+        z2 = gather(z2.float())
         if args.loss == "barlow":
             loss = barlow_loss(z1, z2, args.off_diagonal_weight)
         else:
@@ -254,75 +283,82 @@ def train(args):
         loss.backward()
         optimizer.step()
 
-        done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
+        done = step + 1
+        epoch_ends = done % steps_per_epoch == 0
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
-            lr = optimizer.param_groups[0]["lr"]
-            log(args, done, total_steps, started, lr, loss, chance, **health(z1, z2))
-        if epoch_ends or time.monotonic() - saved_at > 600:
-            saved_at = save_checkpoint(args, done, train_set, model, optimizer, backbone)
+            log(args, done, total_steps, first_step, started, lr, loss, chance,
+                **health(z1, z2))
+        if epoch_ends:
+            paused = time.monotonic()
+            trained_knn = quick_knn(backbone, train_set, test_set, args.image_size, device)
+            log_knn(args, done, total_steps, trained_knn, untrained_knn)
+            started += time.monotonic() - paused  # images/s leave the kNN out
+        if time.monotonic() - saved_at > SAVE_SECONDS:
+            save_checkpoint(args, done, train_set, model, optimizer, backbone)
+            saved_at = time.monotonic()
+    save_checkpoint(args, total_steps, train_set, model, optimizer, backbone)
     report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device)
     write_log(args, {"step": total_steps, "report": report})
 
 
-RECIPES = {
+RECIPES = {  # what differs between recipes; every other flag has a single default
     "recipe":              ("demo",     "cpu",      "cifar",     "imagenet"),
     "arch":                ("resnet8",  "resnet8",  "resnet18",  "resnet50"),
     "image_size":          (32,         32,         32,          224),
     "epochs":              (8,          20,         200,         300),
     "warmup_epochs":       (1,          1,          10,          10),
     "batch_size":          (128,        128,        256,         512),
-    "loss":                ("barlow",   "barlow",   "barlow",    "barlow"),
     "lr":                  (10.0,       6.0,        6.0,         0.3),
     "lr_biases":           (0.05,       0.05,       0.03,        0.0072),
     "weight_decay":        (1e-4,       1e-4,       1e-3,        1e-6),
     "off_diagonal_weight": (0.01,       0.0051,     0.0051,      0.0051),
-    "invariance_weight":   (25.0,       25.0,       25.0,        25.0),
-    "variance_weight":     (25.0,       25.0,       25.0,        25.0),
-    "covariance_weight":   (1.0,        1.0,        1.0,         1.0),
     "proj_dim":            (128,        256,        2048,        8192),
     "crop_scale":          (0.35,       0.2,        0.08,        0.08),
-    "jitter_strength":     (1.0,        1.0,        1.0,         1.0),
     "blur1":               (0.0,        0.0,        0.0,         1.0),
     "blur2":               (0.0,        0.0,        0.0,         0.1),
     "solarize2":           (0.0,        0.0,        0.2,         0.2),
 }
-FLAGS = {  # type, lowest, highest, help, the papers' value
-    "loss": (("barlow", "vicreg"), None, None, "which of the two papers' losses"),
-    "lr_biases": (float, 0, 10**4, "peak learning rate of biases and BN, per 256 images; --lr: of "
-                  "weights", "0.0048, in vicreg 0.2"),
-    "off_diagonal_weight": (float, 0, 10**6, "barlow: λ", "0.0051"),
-    "invariance_weight": (float, 0, 10**6, "vicreg: λ", "25"),
-    "variance_weight": (float, 0, 10**6, "vicreg: μ", "25"),
-    "covariance_weight": (float, 0, 10**6, "vicreg: ν", "1"),
-    "proj_dim": (int, 2, 10**5, "length of z", "8192"),
-    "crop_scale": (float, 1e-3, 1, "smallest crop, as a fraction of the image's area", "0.08"),
-    "jitter_strength": (float, 0, 2.5, "strength of the colour jitter", "1"),
-    "blur1": (float, 0, 1, "fraction of views 1 that are blurred", "1"),
-    "blur2": (float, 0, 1, "fraction of views 2 that are blurred", "0.1"),
-    "solarize2": (float, 0, 1, "fraction of views 2 that are solarised", "0.2, of views 1 none"),
-}
 
 
 def parse_args(argv=None):
-    from common import parse_flags
+    from common import make_parser, parse_with_recipe
 
-    return parse_flags("barlow", __doc__, RECIPES, FLAGS, argv)
+    parser = make_parser("barlow", __doc__, RECIPES)
+    add = parser.add_argument
+    add("--loss", choices=["barlow", "vicreg"], default="barlow", help="the loss of which paper")
+    add("--lr-biases", type=float, help="peak learning rate of biases and BN, per 256 images, "
+        "where --lr is that of the other weights; papers: 0.0048, vicreg 0.2")
+    add("--off-diagonal-weight", type=float, help="barlow: λ; paper: 0.0051")
+    add("--invariance-weight", type=float, default=25.0, help="vicreg: λ; paper: 25")
+    add("--variance-weight", type=float, default=25.0, help="vicreg: μ; paper: 25")
+    add("--covariance-weight", type=float, default=1.0, help="vicreg: ν; paper: 1")
+    add("--proj-dim", type=int, help="length of z; papers: 8192")
+    add("--crop-scale", type=float, help="smallest crop, fraction of the image's area; paper: 0.08")
+    add("--jitter-strength", type=float, default=1.0, help="strength of the color jitter; paper: 1")
+    add("--blur1", type=float, help="fraction of first views that are blurred; paper: 1")
+    add("--blur2", type=float, help="fraction of second views that are blurred; paper: 0.1")
+    add("--solarize2", type=float, help="fraction of second views that are solarised; paper: 0.2")
+    return parse_with_recipe(parser, RECIPES, argv)
 
+
+# ------------------------------------------------------------------------- sources and departures
 
 # Sources. imagenet: the paper and official code, for 300 epochs and a batch of 512 (paper: 1000 and
 # 2048, rates 0.2 and 0.0048). Its rate is from the authors' table of batch sizes, issue 7 of
-# facebookresearch/barlowtwins, made when one rate served both groups and the loss had a factor
-# 0.024: hence lr_biases. cifar: solo-learn's for 1000 epochs; its LARS has η 0.02 (so lr is 20
-# times its 0.3) and clips the adapted rate; its loss has a factor 0.1 (so lr_biases is a tenth, the
-# decay ten times its own). demo: measured on the drawn images. cpu: not tuned. For VICReg, whose
-# loss is a mean over D and whose code has one rate, add --lr-biases 0.2, on imagenet --lr 0.2.
-# Processes exchange z rather than sums for C: of the paper's B 2048 and D 8192, two z are 134 MB,
-# D x D sums 268 MB.
-# Departures from the papers: small crops are bilinear (official: bicubic). Blur is a true Gaussian
-# (official: PIL's). The official gradient on W GPUs is 1/W of the true one, because the sum over
-# GPUs in C passes none on: LARS takes this out of the steps of weights, not of biases, whose steps
-# are W times longer here. VICReg's projector has biases before its two BN (official), where they
-# have no effect; here it has none.
+# facebookresearch/barlowtwins. That table was made when one rate served both groups and the loss
+# had a factor 0.024, so lr_biases is 0.024 times lr. cifar: solo-learn's for 1000 epochs; its LARS
+# has η 0.02 (so lr is 20 times its 0.3) and clips the adapted rate; its loss has a factor 0.1 (so
+# lr_biases is a tenth, the decay ten times its own). demo: measured on the synthetic images. cpu:
+# not tuned. For VICReg, whose loss is a mean over D and whose code has one rate, add --lr-biases
+# 0.2, and on imagenet --lr 0.2. Processes exchange z rather than sums for C: at the paper's B 2048
+# and D 8192, two z are 134 MB, a D × D sum is 268 MB.
+#
+# Departures from the papers: small crops are bilinear (official: bicubic); crops are taken from a
+# square canvas of 8/7 of the view's side, so that elongated images lose detail (cut them
+# beforehand); blur is a true Gaussian (official: PIL's). The official gradient on W GPUs is 1/W of
+# the true one, because the sum over GPUs in C passes none on: LARS cancels this for weights, but
+# not for biases, whose steps are W times longer here. VICReg's projector has biases before its two
+# BN (official), where they have no effect; here it has none.
 
 if __name__ == "__main__":
     from common import main

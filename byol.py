@@ -1,26 +1,27 @@
-"""BYOL: predict what a slowly moving average of the network makes of the other view.
+"""BYOL: from one view, predict what a slow copy of the network makes of the other view.
 
 Grill et al., "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning" (2020,
 arXiv 2006.07733).
 Survey family: self-distillation, without negatives. What prevents collapse: the predictor, on one
 side only, and a target that changes slowly and gets no gradient.
 
-Each image is augmented twice. The target network, whose weights are an exponential moving average
-(EMA) of the online network's, maps one view to a vector, which the online network and a predictor
-have to produce from the other view. A constant output would have the lowest loss, but training
-does not collapse to it; without the predictor it does (tests/test_byol.py).
+Each image is augmented twice. The target network maps one view to a vector, and the online network
+with its predictor has to produce that vector from the other view. The target is not trained: its
+weights are an exponential moving average (EMA) of the online network's. A constant output would
+have the lowest loss, but training does not arrive there; without the predictor it does
+(tests/test_byol.py).
 
-               ┌─ augment1 ─ view1 ─ backbone ─ features ─ projector ─ predictor ─ p1 ─┐
-               │                        │        └─ what is kept                       │
-        image ─┤                        ↓ EMA of the weights                           ├─ 2 - 2 cos
-               │                        │                                              │
-               └─ augment2 ─ view2 ─ backbone ─ features ─ projector ─ stop-gradient z2 ┘
-                                                           and with the views exchanged
+           ┌─ augment1 ─ view1 ─ backbone ─ features ─ projector ─ predictor ─ p1 ─────┐
+           │                   online │     └─ used after training                     │
+    image ─┤                          ↓ EMA of the weights                             ├─ 2 - 2 cos
+           │                   target │                                                │
+           └─ augment2 ─ view2 ─ backbone ─ features ─ projector ─ z2 ─ stop-gradient ─┘
+                                                               and with the views exchanged
 
-Run      python byol.py                         demonstration: drawn images, CPU, minutes
+Run      python byol.py                         demonstration: synthetic images, CPU, minutes
          python byol.py --data path             a folder of images, or cifar10
          torchrun --nproc-per-node=8 byol.py --data path
-Reuse    from byol import BYOL, byol_loss, ema_update, LARS, cosine       (needs torch only)
+Reuse    from byol import BYOL, byol_loss, ema_update, LARS, cosine_schedule   (needs torch only)
 """
 
 import copy
@@ -37,31 +38,49 @@ from torch import nn
 
 
 class BYOL(nn.Module):
-    """Online network, predictor, and target network, which has no predictor.
+    """Online network, its predictor, and the target network, which has no predictor.
 
-    backbone: (B, 3, H, W) -> (B, feature_dim). As in the official code, projector and predictor are
-    linear with bias, BN, ReLU, linear without bias, and no last BN. The target stays in training
-    mode: it, too, normalises by the batch's statistics, and keeps running statistics of its own.
+    backbone: (B, 3, H, W) -> (B, feature_dim). The target stays in training mode: it, too,
+    normalises by the batch's statistics, and it keeps running statistics of its own.
     """
 
     def __init__(self, backbone, feature_dim, hidden_dim=4096, proj_dim=256):
         super().__init__()
-
-        def mlp(in_dim):
-            return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.BatchNorm1d(hidden_dim),
-                                 nn.ReLU(inplace=True), nn.Linear(hidden_dim, proj_dim, bias=False))
-
-        self.online = nn.Sequential(OrderedDict(backbone=backbone, projector=mlp(feature_dim)))
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
-        self.predictor = mlp(proj_dim)
+        projector = mlp(feature_dim, hidden_dim, proj_dim)
+        self.online = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
+        self.target = without_dropout(copy.deepcopy(self.online))
+        self.target.requires_grad_(False)  # only ema_update changes it
+        self.predictor = mlp(proj_dim, hidden_dim, proj_dim)
 
     def forward(self, view1, view2):
         """Two (B, 3, H, W) -> predictions p1, p2 and the target's z1, z2, each (B, D). One pass per
         view, so that each view has its own BN statistics, as in the official code."""
-        p1, p2 = self.predictor(self.online(view1)), self.predictor(self.online(view2))
+        p1 = self.predictor(self.online(view1))
+        p2 = self.predictor(self.online(view2))
         with torch.no_grad():
-            z1, z2 = self.target(view1), self.target(view2)
+            z1 = self.target(view1)
+            z2 = self.target(view2)
         return p1, p2, z1, z2
+
+
+def mlp(in_dim, hidden_dim, out_dim):
+    """The form of projector and predictor. As in the official code, the first layer has a bias, the
+    last one has neither bias nor BN."""
+    return nn.Sequential(
+        nn.Linear(in_dim, hidden_dim),
+        nn.BatchNorm1d(hidden_dim),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden_dim, out_dim, bias=False))
+
+
+def without_dropout(network):
+    """Switch off the network's dropout and stochastic depth, in training mode too: a target that
+    draws at random would differ from itself from one pass to the next."""
+    for module in network.modules():
+        if type(module).__name__.startswith(("Dropout", "StochasticDepth", "DropPath")):
+            module.p = 0.0  # torch's and torchvision's name
+            module.drop_prob = 0.0  # timm's
+    return network
 
 
 # ----------------------------------------------------------------------------------------- loss
@@ -72,19 +91,22 @@ def byol_loss(p1, p2, z1, z2):
 
         ‖p̄1 - z̄2‖² + ‖p̄2 - z̄1‖²  =  4 - 2 cos(p1, z2) - 2 cos(p2, z1)        with v̄ = v / ‖v‖
 
-    z are constants: stop-gradient. Chance level: 4, of vectors at right angles. Some texts write
-    -cos alone, without the constant and the factor 2.
+    The z are constants: stop-gradient. Chance level: 4, that of vectors at right angles. Other
+    texts drop the constant 4, and some also the factors 2.
     """
-    p1, p2 = F.normalize(p1, dim=1), F.normalize(p2, dim=1)
-    z1, z2 = F.normalize(z1.detach(), dim=1), F.normalize(z2.detach(), dim=1)
-    return ((p1 - z2).square().sum(1) + (p2 - z1).square().sum(1)).mean()
+    p1 = F.normalize(p1, dim=1)
+    p2 = F.normalize(p2, dim=1)
+    z1 = F.normalize(z1.detach(), dim=1)  # stop-gradient
+    z2 = F.normalize(z2.detach(), dim=1)
+    distances = (p1 - z2).square().sum(1) + (p2 - z1).square().sum(1)
+    return distances.mean()
 
 
 @torch.no_grad()
 def spread(z):
-    """Health: how far apart the directions of z are, √D times the deviation over the batch of
-    z / ‖z‖, averaged over the D dimensions: (B, D) -> scalar. Near 1 where z ends in BN; lower, but
-    steady, where it does not; towards 0, all images get the same vector: collapse."""
+    """Health: √D times the standard deviation of z / ‖z‖ over the batch, averaged over the D
+    dimensions: (B, D) -> scalar. Near 1 where z ends in BN, lower but steady where it does not.
+    Falling to 0, it shows collapse: all images get the same vector."""
     return z.shape[1] ** 0.5 * F.normalize(z, dim=1).std(0).mean()
 
 
@@ -92,9 +114,10 @@ def spread(z):
 
 
 def augment(images, aspect, image_size, crop_scale, jitter_strength, blur, solarize):
-    """The paper's augmentation: uint8 images (B, 3, S, S), squeezed to squares from
-    width / height = aspect (B,) -> views (B, 3, image_size, image_size). The two views differ in
-    blur and solarize, the fractions of views that are blurred and whose bright pixels are inverted.
+    """The paper's augmentation: uint8 images (B, 3, S, S), resized to squares, and aspect (B,),
+    their original width / height -> views (B, 3, image_size, image_size). The two views differ in
+    blur and solarize: the fractions of views that are blurred, and whose bright pixels are
+    inverted.
     """
     from common import (color_jitter, gaussian_blur, normalize, random_grayscale,
                         random_horizontal_flip, random_resized_crop, random_solarize)
@@ -114,11 +137,12 @@ def augment(images, aspect, image_size, crop_scale, jitter_strength, blur, solar
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum, and a rate for each tensor (You et al., 1708.03888), as in SimCLR's code:
+    """SGD with momentum and a learning rate for each tensor (You et al., 1708.03888):
 
         g ← g + weight_decay · w;   v ← momentum · v + η · |w| / |g| · g;   w ← w - lr · v
 
-    A parameter group with adapt=False is updated by plain SGD with momentum.
+    lr multiplies v after the momentum update, as in Barlow Twins' official code; in SimCLR's it
+    multiplies the gradient before. A parameter group with adapt=False gets plain SGD with momentum.
     """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.9, eta=0.001, adapt=True):
@@ -126,13 +150,18 @@ class LARS(torch.optim.Optimizer):
                                       adapt=adapt))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            grads = torch._foreach_add([p.grad for p in params], params,
-                                       alpha=group["weight_decay"])
+            # torch._foreach_*: a few kernels for all tensors, instead of a few for each
+            grads = [p.grad for p in params]
+            grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
             if group["adapt"]:
                 w_norm = torch.stack(torch._foreach_norm(params))
                 g_norm = torch.stack(torch._foreach_norm(grads))
@@ -145,14 +174,15 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, grads)
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
+        return loss
 
 
-def cosine(step, total_steps, warmup_steps, peak, end=0.0):
-    """Rises linearly to `peak` over the warm-up, then moves to `end` on half a cosine."""
+def cosine_schedule(step, total_steps, warmup_steps, peak, end=0.0):
+    """Rises linearly to `peak` over the warm-up, then falls to `end` on half a cosine."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    t = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (peak - end) * (1 + math.cos(math.pi * t)) / 2
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return end + (peak - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @torch.no_grad()
@@ -163,7 +193,7 @@ def ema_update(target, online, ema_momentum):
 
 
 def make_optimizer(name, model, weight_decay):
-    """Biases and BN are neither decayed nor adapted."""
+    """Biases and BN get neither weight decay nor LARS's adaptation."""
     weights = [p for p in model.parameters() if p.ndim > 1 and p.requires_grad]
     others = [p for p in model.parameters() if p.ndim <= 1 and p.requires_grad]
     groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
@@ -175,22 +205,24 @@ def make_optimizer(name, model, weight_decay):
 
 def train(args):
     """Algorithm 1 of the paper, once per step."""
-    from common import (batch_that_fits, batches, gather, load_checkpoint, load_data, log,
-                        make_backbone, parallel, save_checkpoint, save_views, start, write_log)
-    from linear_probe import evaluate, load_init
+    # Imported here, so that this file alone, copied elsewhere, can be imported without them.
+    from common import (SAVE_SECONDS, autocast, batch_that_fits, batches, gather, load_checkpoint,
+                        load_data, log, log_knn, make_backbone, open_run, parallel, save_checkpoint,
+                        save_views, start, warmup_that_fits, write_log)
+    from linear_probe import evaluate, load_backbone, quick_knn
 
-    device = start(args.device, args.seed, args.deterministic)
-    train_set, test_set = load_data(args.data, args.image_size, args.max_images, args.workers,
-                                    device)
-    args.batch_size = batch_that_fits(args, train_set)  # over all processes
+    device = start(args.device, args.seed)
+    train_set, test_set = load_data(args, device)
+    args.batch_size = batch_that_fits(args.batch_size, train_set)  # over all processes
     steps_per_epoch = len(train_set) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
-    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
+    warmup_steps = warmup_that_fits(round(args.warmup_epochs * steps_per_epoch), total_steps)
     peak_lr = args.lr * args.batch_size / 256
 
     backbone = make_backbone(args.arch, args.image_size, zero_init_residual=True)
     untrained = copy.deepcopy(backbone)  # the report's baseline
-    load_init(backbone, args.init)
+    if args.init:
+        load_backbone(args.init, network=backbone)
     model = BYOL(backbone, backbone.feature_dim, args.hidden_dim, args.proj_dim)
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
@@ -198,20 +230,25 @@ def train(args):
                    jitter_strength=args.jitter_strength)
     augment1 = partial(view, blur=args.blur1, solarize=0.0)
     augment2 = partial(view, blur=args.blur2, solarize=args.solarize2)
-    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
-    network = parallel(model, args.compile)  # DistributedDataParallel and SyncBN, if of several
-    save_views(args, train_set, device, augment1, augment2)
-    saved_at = save_checkpoint(args, step, train_set, model, optimizer, backbone)
-    started = step, time.monotonic()  # for the speed and the time left
     chance = 4.0
 
+    open_run(args)
+    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or the step to resume from
+    network = parallel(model, args.compile)  # DDP and SyncBN when there are several processes
+    save_views(args, train_set, device, augment1, augment2)
+    untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
+                              calibrate=True)
+    first_step = step
+    started = saved_at = time.monotonic()
+
     for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
-        lr = cosine(step, total_steps, warmup_steps, peak_lr)
+        lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        ema_momentum = cosine(step, total_steps, 0, args.ema_momentum, 1.0)
-        view1, view2 = augment1(images, aspect), augment2(images, aspect)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        ema_momentum = cosine_schedule(step, total_steps, 0, args.ema_momentum, 1.0)
+        view1 = augment1(images, aspect)
+        view2 = augment2(images, aspect)
+        with autocast(device):
             p1, p2, z1, z2 = network(view1, view2)
         loss = byol_loss(p1.float(), p2.float(), z1.float(), z2.float())
         optimizer.zero_grad()
@@ -219,17 +256,25 @@ def train(args):
         optimizer.step()
         ema_update(model.target, model.online, ema_momentum)
 
-        done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
+        done = step + 1
+        epoch_ends = done % steps_per_epoch == 0
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
-            log(args, done, total_steps, started, lr, loss, chance,
+            log(args, done, total_steps, first_step, started, lr, loss, chance,
                 spread=spread(gather(z1.float())))
-        if epoch_ends or time.monotonic() - saved_at > 600:
-            saved_at = save_checkpoint(args, done, train_set, model, optimizer, backbone)
+        if epoch_ends:
+            paused = time.monotonic()
+            trained_knn = quick_knn(backbone, train_set, test_set, args.image_size, device)
+            log_knn(args, done, total_steps, trained_knn, untrained_knn)
+            started += time.monotonic() - paused  # images/s leave the kNN out
+        if time.monotonic() - saved_at > SAVE_SECONDS:
+            save_checkpoint(args, done, train_set, model, optimizer, backbone)
+            saved_at = time.monotonic()
+    save_checkpoint(args, total_steps, train_set, model, optimizer, backbone)
     report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device)
     write_log(args, {"step": total_steps, "report": report})
 
 
-RECIPES = {
+RECIPES = {  # what differs between recipes; every other flag has a single default
     "recipe":          ("demo",     "cpu",      "cifar",     "imagenet"),
     "arch":            ("resnet8",  "resnet8",  "resnet18",  "resnet50"),
     "image_size":      (32,         32,         32,          224),
@@ -241,44 +286,47 @@ RECIPES = {
     "weight_decay":    (5e-4,       5e-4,       2e-3,        1e-6),
     "ema_momentum":    (0.9,        0.98,       0.99,        0.9987),
     "hidden_dim":      (512,        512,        1024,        4096),
-    "proj_dim":        (256,        256,        256,         256),
     "crop_scale":      (0.35,       0.2,        0.08,        0.08),
-    "jitter_strength": (1.0,        1.0,        1.0,         1.0),
     "blur1":           (0.0,        0.0,        0.0,         1.0),
     "blur2":           (0.0,        0.0,        0.0,         0.1),
     "solarize2":       (0.0,        0.0,        0.2,         0.2),
 }
-FLAGS = {  # type, lowest, highest, help, the paper's value
-    "optimizer": (("sgd", "lars"), None, None, "optimizer", "lars"),
-    "ema_momentum": (float, 0, 1, "weight of the old target in the average, τ; rises to 1",
-                     "0.99 for 100 or 300 epochs, 0.996 for 1000"),
-    "hidden_dim": (int, 1, 10**5, "width of projector and predictor", "4096"),
-    "proj_dim": (int, 1, 10**5, "length of z and p", "256"),
-    "crop_scale": (float, 1e-3, 1, "smallest crop, as a fraction of the image's area", "0.08"),
-    "jitter_strength": (float, 0, 2.5, "strength of the colour jitter", "1"),
-    "blur1": (float, 0, 1, "fraction of views 1 that are blurred", "1"),
-    "blur2": (float, 0, 1, "fraction of views 2 that are blurred", "0.1"),
-    "solarize2": (float, 0, 1, "fraction of views 2 that are solarised", "0.2, of views 1 none"),
-}
 
 
 def parse_args(argv=None):
-    from common import parse_flags
+    from common import make_parser, parse_with_recipe
 
-    return parse_flags("byol", __doc__, RECIPES, FLAGS, argv)
+    parser = make_parser("byol", __doc__, RECIPES)
+    add = parser.add_argument
+    add("--optimizer", choices=["sgd", "lars"], help="paper: lars")
+    add("--ema-momentum", type=float, help="weight of the old target in the average, τ, at the "
+        "start; it rises to 1; paper: 0.99 for 100 or 300 epochs, 0.996 for 1000")
+    add("--hidden-dim", type=int, help="width of projector and predictor; paper: 4096")
+    add("--proj-dim", type=int, default=256, help="length of z and p; paper: 256")
+    add("--crop-scale", type=float, help="smallest crop, fraction of the image's area; paper: 0.08")
+    add("--jitter-strength", type=float, default=1.0, help="strength of the color jitter; paper: 1")
+    add("--blur1", type=float, help="fraction of first views that are blurred; paper: 1")
+    add("--blur2", type=float, help="fraction of second views that are blurred; paper: 0.1")
+    add("--solarize2", type=float, help="fraction of second views that are solarised; paper: 0.2")
+    return parse_with_recipe(parser, RECIPES, argv)
 
+
+# ------------------------------------------------------------------------- sources and departures
 
 # Sources. imagenet: the paper and deepmind-research/byol for 100 epochs (there batch 4096 and EMA
 # 0.99; the average covers as many images at batch 512 with 0.99^(1/8), arXiv 2307.13813). cifar:
 # the paper's augmentation without blur and an average from 0.99, as in solo-learn; heads, SGD and
 # batch of lightly's CIFAR-10 benchmark, whose loss is a quarter of this one: hence a quarter of its
-# rate, and four times its decay. demo: measured on the drawn images; few
-# steps need a fast target. cpu: not tuned.
-# Departures from the paper: small crops are bilinear (official: bicubic). Brightness is scaled
-# (official: shifted), contrast is by the mean gray (official: per channel), saturation without HSV.
-# The target starts as a copy (official: from weights of its own, said to make no difference). The
-# last BN of a residual block starts at 0 as in the official code, whose README says that the
-# paper's results were obtained without that.
+# rate, and four times its decay. demo: measured on the synthetic images, where so few steps need a
+# fast target. cpu: not tuned.
+#
+# Departures from the paper: small crops are bilinear (official: bicubic); crops are taken from a
+# square canvas of 8/7 of the view's side, so that elongated images lose detail (cut them
+# beforehand); brightness is scaled (official: shifted), contrast is relative to the mean gray
+# (official: per channel), saturation is changed without HSV; blur reflects the border (official:
+# zeros); the target starts as a copy (official: from weights of its own, said to make no
+# difference). A residual block's last BN starts at 0 as in the official code, whose README says
+# that the paper's results were obtained without that.
 
 if __name__ == "__main__":
     from common import main

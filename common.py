@@ -15,7 +15,7 @@ from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
 from inspect import signature
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -45,21 +45,21 @@ def main(train, parse_args, argv=None):
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack τ or odd file names
     try:
         train(parse_args(argv))
-    except (Failure, torch.OutOfMemoryError) as error:
+    except Failure as error:
         leave(f"error: {error}", 1)
+    except torch.OutOfMemoryError as error:
+        leave(f"error: {error} Try a smaller --batch-size or --image-size.", 1)
     except KeyboardInterrupt:
-        leave("stopped; --resume continues from the last checkpoint", 130)
+        leave("stopped", 130)
     except Exception:
         leave(traceback.format_exc(), 1)
     if dist.is_initialized():
-        # The others wait here for rank 0's report: through gloo, since a wait on the GPU of more
-        # than some minutes is taken for a hang.
-        all_sum(torch.zeros(1))
+        wait_for_all()
         dist.destroy_process_group()
 
 
 def leave(message, status):
-    """Exit at once. A process group is not destroyed after an error: that could wait for ever for
+    """Exit at once. After an error the process group is not destroyed: that could wait forever for
     the other processes, and torchrun would not see that this one has failed."""
     print(message, file=sys.stderr, flush=True)
     if dist.is_initialized():
@@ -114,40 +114,33 @@ def parse_with_recipe(parser, recipes, argv=None):
     """-> the parsed arguments. Defaults come from a column of `recipes`, or with --resume from the
     saved run; what is given by hand wins. Call it after the last `add_argument`, whose `default=`
     would beat these."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in "--data", "--recipe", "--out", "--device":
-        first.add_argument(name)
-    first.add_argument("--resume", action="store_true")
-    given, _ = first.parse_known_args(argv)
-    method = parser.get_default("method")
-    saved = None
-    if given.resume:
-        given.out = given.out or latest_run(method)
-        if os.path.exists(f"{given.out}/checkpoint.pth"):
-            saved = read_run(given.out, method)
-    if saved:
-        parser.set_defaults(**saved["args"])
+    argv = sys.argv[1:] if argv is None else argv
+    given = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
+    out = given.out
+    if given.resume and out is None:
+        out = latest_run(given.method)
+    if given.resume and os.path.exists(f"{out}/checkpoint.pth"):
+        parser.set_defaults(**read_run(out, given.method)["args"])
     else:
         recipe = given.recipe or choose_recipe(given.data, given.device)
-        if recipe in recipes["recipe"]:  # else argparse refuses it below
-            column = recipes["recipe"].index(recipe)
-            parser.set_defaults(**{name: row[column] for name, row in recipes.items()})
-    args = parser.parse_args(argv)
-    args.out = given.out
-    return args
+        column = recipes["recipe"].index(recipe)
+        parser.set_defaults(**{name: row[column] for name, row in recipes.items()})
+    if out and not given.resume and os.path.exists(f"{out}/log.jsonl"):
+        raise Failure(f"--out {out} holds a run: add --resume, or choose another folder")
+    parser.set_defaults(out=out)
+    return parser.parse_args(argv)  # once more, with these defaults
 
 
 def latest_run(method):
     """-> the folder of this method's run that was saved last, or None."""
-    checkpoints = [path for path in Path("runs").glob("*/checkpoint.pth")
-                   if path.parent.name == method or path.parent.name.startswith(f"{method}-")]
-    if not checkpoints:
-        return None
-    return str(max(checkpoints, key=os.path.getmtime).parent)
+    checkpoints = Path("runs").glob(f"{method}*/checkpoint.pth")
+    latest = max(checkpoints, key=os.path.getmtime, default=None)
+    return None if latest is None else str(latest.parent)
 
 
 def choose_recipe(data, device):
-    """demo without --data, cpu without CUDA, cifar for images of at most 64 pixels, or imagenet."""
+    """demo without --data, cpu without CUDA, cifar for images of at most 64 pixels, else imagenet.
+    """
     if data is None:
         return "demo"
     if not torch.cuda.is_available() or (device and not device.startswith("cuda")):
@@ -161,9 +154,11 @@ def choose_recipe(data, device):
 
 def image_sides(root):
     """Yields the shorter side, in pixels, of the images below a folder."""
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if not is_hidden(name)]
         for name in files:
+            if os.path.splitext(name)[1].lower() not in EXTENSIONS:
+                continue
             with suppress(Exception), Image.open(os.path.join(folder, name)) as image:
                 yield min(image.size)
 
@@ -229,6 +224,12 @@ def all_sum(x):
     return AllSum.apply(x) if world_size() > 1 else x
 
 
+def wait_for_all():
+    """Returns when all processes are here. They wait through gloo, since a wait on the GPU of more
+    than some minutes may be taken for a hang."""
+    all_sum(torch.zeros(1))
+
+
 def gather(x):
     """(B/W, ...) on each of W processes -> (B, ...) in their order, with gradient."""
     rows = [x if i == rank() else torch.zeros_like(x) for i in range(world_size())]
@@ -245,16 +246,14 @@ def uniform(n, *shape, device, low=0.0, high=1.0):
 
 def parallel(model, compile=False, sync_bn=True):
     """-> what the loop calls in the model's place: gradients are means over the processes, and BN
-    normalises over all of them (on CUDA; torch has no such BN for the CPU).
+    normalises over all of them (on CUDA; torch has no such BN for CPUs, where each process has its
+    own statistics).
 
     Synchronised BN waits for the host in each layer, and splits the graph of torch.compile.
     """
     device = next(model.parameters()).device
-    if world_size() > 1 and sync_bn:
-        if device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        else:
-            say("on a CPU, BN normalises the images of each process by themselves")
+    if world_size() > 1 and sync_bn and device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if compile:
         model.compile()
     if world_size() == 1:
@@ -276,9 +275,9 @@ TEST_FOLDERS = "val", "valid", "validation", "test", "testing"
 
 
 def to_square(image, side):
-    """PIL image -> uint8 (3, side, side), and the width / height that it had. Turned as EXIF says;
-    on white where transparent; 16-bit gray by its full range. ValueError: a kind of pixels that has
-    no known range."""
+    """PIL image -> uint8 (3, side, side), and the width / height that it had. It is turned as EXIF
+    says; transparency becomes white; 16-bit gray is scaled by its full range. ValueError: pixels
+    without a known range."""
     image.draft(None, (2 * side, 2 * side))  # a JPEG may be decoded at a fraction of its size
     sixteen_bits = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
     # The fourth band of a TIFF need not be opacity: it may be infrared.
@@ -340,12 +339,12 @@ class ImageSet:
             return self.items[self.names[i]][0]
         path = os.path.join(self.origin, self.names[i])
         if not os.path.isfile(path):
-            raise OSError("no file")  # to open a pipe would wait for ever
+            raise OSError("no file")  # opening a pipe would block
         return Image.open(path)
 
     def __getitem__(self, i):
-        """-> image i: uint8 (3, side, side), width / height, i, and "". Of one that cannot be read:
-        black, 0, i and the reason."""
+        """-> image i: uint8 (3, side, side), its width / height, i, and "". If it cannot be read: a
+        black square, 0, i, and the reason."""
         try:
             with self.open(i) as image:
                 square, aspect = to_square(image, self.side)
@@ -360,7 +359,7 @@ class ImageSet:
             square, aspect, _, reason = self[(i + offset) % len(self)]
             if not reason:
                 return square, aspect
-            print(f"the next image replaces one that cannot be read: {reason}", flush=True)
+            print(f"cannot be read, the next image is used instead: {reason}", flush=True)
         raise Failure(f"{self.origin}: 20 images in a row cannot be read; {reason}")
 
     def load(self, index_lists, device, replace=False):
@@ -389,7 +388,7 @@ def hash_order(names):
 
 
 def is_hidden(name):
-    """Among them the thumbnails of a NAS and the attributes in a Mac's zips."""
+    """Also a NAS's thumbnails (@eaDir) and what a Mac adds to zips."""
     return name.startswith((".", "@", "__MACOSX"))
 
 
@@ -409,41 +408,36 @@ def has_images(folder):
 
 
 def folder_set(root, classes=None):
-    """The images below a folder, each real folder once. The folders in it are the classes, unless
-    `classes` names them, if they are two or more."""
+    """The images below a folder, each real folder once. Its subfolders are the classes, if there
+    are at least two; a test set gets `classes` from the training set."""
     names = []
     others = Counter()  # kinds of files that are not read
     errors = []
-    seen = set()
+    seen = {os.path.realpath("runs")}  # our own
     for folder, folders, files in os.walk(root, followlinks=True, onerror=errors.append):
         real = os.path.realpath(folder)
-        if real == os.path.realpath("runs"):
-            folders.clear()
-            continue
         if real in seen:  # links may form a loop
             folders.clear()
-            others["folder(s) read under another name"] += 1
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not is_hidden(name))
+        below = os.path.relpath(folder, root)
         for name in sorted(files):
             extension = os.path.splitext(name)[1].lower()
             if is_hidden(name):
                 continue
             if extension in EXTENSIONS:
-                names.append(os.path.relpath(os.path.join(folder, name), root))
+                names.append(os.path.normpath(os.path.join(below, name)))
             else:
-                others[extension or name] += 1
-    parts = [name.split(os.sep)[0] if os.sep in name else None for name in names]
+                others[extension or "without extension"] += 1
+    first_folders = [name.split(os.sep)[0] if os.sep in name else None for name in names]
     if classes is None:
-        classes = sorted(set(parts) - {None})
+        classes = sorted(set(first_folders) - {None})
         if len(classes) == 1:
             classes = []
     number = {name: i for i, name in enumerate(classes)}
-    labels = [number.get(part, -1) for part in parts]
-    left_out = [f"{count} {kind}" for kind, count in others.most_common(6)]
-    if len(others) > 6:
-        left_out.append("others")
+    labels = [number.get(name, -1) for name in first_folders]
+    left_out = [f"{count} {kind}" for kind, count in others.most_common()]
     left_out += [str(error) for error in errors]
     return ImageSet(str(root), names, labels, classes, left_out)
 
@@ -462,12 +456,11 @@ def torchvision_set(name, train):
         items = make("data", download=True, **part)
     except Exception as error:  # no network, other arguments
         raise Failure(f"--data {name}: torchvision cannot load it: {error}")
+    labels = None
     for attribute in "targets", "labels", "_labels":
-        if hasattr(items, attribute):
-            labels = getattr(items, attribute)
-            break
-    else:
-        labels = [label for _, label in items]  # decodes it all, but few sets have no list
+        labels = getattr(items, attribute, labels)
+    if labels is None:
+        labels = [label for _, label in items]  # decodes them all, but few sets have no list
     classes = [str(c) for c in getattr(items, "classes", sorted({*labels}))]
     return ImageSet(os.path.join(name, split), range(len(items)), labels, classes, items=items)
 
@@ -508,10 +501,10 @@ def find_sets(data):
 
 
 def median_side(images):
-    """Median of the shorter sides, in pixels, of up to 100 of the images. What is not read of them
-    is added to `left_out`."""
+    """-> median of the shorter sides, in pixels, of up to 100 of the images; and a list of what is
+    not read of such files."""
     if images.pixels is not None:
-        return images.pixels.shape[-1]
+        return images.pixels.shape[-1], []
     sides = []
     unread = set()
     for i in range(0, len(images), math.ceil(len(images) / 100)):
@@ -519,10 +512,10 @@ def median_side(images):
             sides.append(min(image.size))
             if getattr(image, "n_frames", 1) > 1:
                 unread.add("pages beyond the first")
-            if image.format == "TIFF" and len(image.getbands()) > 3:
+            if image.format == "TIFF" and image.mode in ("RGBA", "RGBX", "RGBa"):
                 unread.add("the fourth band")
-    images.left_out += sorted(unread)
-    return sorted(sides)[len(sides) // 2] if sides else 1
+    median = sorted(sides)[len(sides) // 2] if sides else 1
+    return median, sorted(unread)
 
 
 def progress(items, what, total):
@@ -537,21 +530,12 @@ def progress(items, what, total):
             say(f"{what}: {done / total:.0%}, {left} left")
 
 
-def memory_budget(gigabytes, device):
-    """Bytes of images that each process may keep. --memory is this machine's, shared by its
-    processes; on a GPU it is at most a quarter of what is free. All take the smallest."""
-    budget = gigabytes * 1e9 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if device.type == "cuda":
-        budget = min(budget, torch.cuda.mem_get_info(device)[0] / 4)
-    return gather(torch.tensor([budget])).min().item()
-
-
 def decode(images, device):
     """-> the images that can be read, in memory. Each process decodes its share for all."""
     pixels = torch.zeros(len(images), 3, images.side, images.side, dtype=torch.uint8)
     aspect = torch.zeros(len(images))
     mine = torch.arange(len(images))[rank() :: world_size()]
-    parts = [rows for rows in mine.split(64) if len(rows) > 0]
+    parts = [rows for rows in mine.split(64) if len(rows) > 0]  # there may be more processes
     loaded = images.load(parts, torch.device("cpu"))
     for rows, batch in zip(parts, progress(loaded, f"decoding {images.origin}", len(parts))):
         pixels[rows], aspect[rows] = batch
@@ -591,7 +575,7 @@ def check(images, device):
 
 
 def describe(images):
-    """-> a line that would show a misreading."""
+    """-> what was read, and what was left out, in one line."""
     parts = [f"{len(images):,} of {images.origin}"]
     if images.classes:
         names = ", ".join(images.classes[:3])
@@ -612,31 +596,38 @@ def load_data(args, device):
     """-> (training, test) ImageSets, decoded if they fit into --memory; test is None where there is
     nothing to evaluate on. Images keep the detail of a canvas 8/7 of the view (256 pixels for 224),
     at least 64 pixels, and no larger than the median image."""
-    sets = find_sets(args.data) if rank() == 0 else None  # rank 0 downloads for the others
-    all_sum(torch.zeros(1))  # waits for it
-    train, test = sets or find_sets(args.data)
-    found = [images for images in (train, test) if images is not None]
+    sets = None
+    if rank() == 0:
+        sets = find_sets(args.data)  # it downloads for the others
+    wait_for_all()
+    if sets is None:
+        sets = find_sets(args.data)
+    sets = [images for images in sets if images is not None]
     if args.max_images:
-        found = [images.subset(sorted(hash_order(images.names)[: args.max_images]))
-                 for images in found]
-    median = median_side(found[0])
+        sets = [images.subset(sorted(hash_order(images.names)[: args.max_images]))
+                for images in sets]
+    median, unread = median_side(sets[0])
+    sets[0].left_out += unread
     side = min(max(args.image_size * 8 // 7, 64), median)
-    if median > args.image_size:
+    if median != args.image_size:
         say(f"images of {median} pixels, seen at {args.image_size}")
-    for images in found:
+    for images in sets:
         images.side = side
         if len(images) > 1000:
             images.workers = args.workers  # they start too slowly for few images
-    size = sum(len(images) for images in found) * 3 * side**2  # in bytes
-    if size <= memory_budget(args.memory, device):
-        found = [decode(images, device) for images in found]
-    for kind, images in zip(("training", "test"), found):
+
+    size = sum(len(images) for images in sets) * 3 * side**2  # in bytes
+    budget = args.memory * 1e9 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each process
+    if device.type == "cuda":
+        budget = min(budget, torch.cuda.mem_get_info(device)[0] / 4)
+    if size <= gather(torch.tensor([budget])).min():  # the smallest of all processes
+        sets = [decode(images, device) for images in sets]
+    for kind, images in zip(("training", "test"), sets):
         check(images, device)
         say(f"{kind} images: {describe(images)}")
-    train, test = (*found, None)[:2]
-    if test is None or test.labels.max() < 0:
-        test = None
-    return train, test
+    if len(sets) == 1 or sets[1].labels.max() < 0:
+        return sets[0], None
+    return sets[0], sets[1]
 
 
 # ------------------------------------------------------------------------------ synthetic images
@@ -689,7 +680,7 @@ def synthetic_set(name, count, seed):
 
 
 # --------------------------------------------------------------------------------- augmentation
-# Each takes a batch x (B, 3, H, W), floats in [0, 1], and draws parameters for each image alone.
+# Each takes a batch x (B, 3, H, W), floats in [0, 1], and draws parameters separately for each image.
 # At the same parameters it equals torchvision's function of the same name. Departures from a
 # torchvision pipeline: crops are resampled from the square canvas, whose size caps their detail;
 # values stay float between operations; the operations of the jitter have one order per batch.
@@ -729,9 +720,9 @@ def resized_crop(images, boxes, size, interpolation="bilinear"):
 
 
 def random_resized_crop(images, aspect, size, scale, interpolation="bilinear"):
-    """Like torchvision's: scale is the smallest and largest fraction of the area, width / height of
-    a crop 3/4 to 4/3, in the geometry that the images had before they became squares, which aspect
-    (B,) tells. The first of ten tries that fits is taken, else a central crop."""
+    """Like torchvision's. scale: smallest and largest fraction of the area. The ratio of 3/4 to 4/3
+    holds in the original geometry, given by aspect (B,), width / height. The first of ten tries
+    that fits is taken, else a central crop."""
     n = len(images)
     canvas = images.shape[3]
     device = images.device
@@ -740,7 +731,7 @@ def random_resized_crop(images, aspect, size, scale, interpolation="bilinear"):
     area = image.prod(1, keepdim=True) * uniform(n, 10, device=device, low=scale[0], high=scale[1])
     ratio = (math.log(4 / 3) * uniform(n, 10, device=device, low=-1)).exp()
     tries = torch.stack([area / ratio, area * ratio], 2).sqrt().round()
-    fallback = torch.minimum(image, (image.flip(1) * 4 / 3).round())  # as much as ratios allow
+    fallback = torch.minimum(image, (image.flip(1) * 4 / 3).round())  # of the nearest allowed ratio
     sides = torch.cat([tries, fallback[:, None]], 1)  # (B, 11, 2): height, width
     fits = ((sides > 0) & (sides <= image[:, None])).all(2)
     first = fits.int().argmax(1, keepdim=True)
@@ -752,11 +743,11 @@ def random_resized_crop(images, aspect, size, scale, interpolation="bilinear"):
 
 
 def center_view(images, aspect, size):
-    """What evaluation sees, normalised: the original's central square, of 7/8 of the shorter side
+    """The evaluation's view, normalised: the original's central square, of 7/8 of the shorter side
     (256 -> 224), or all of it for views of at most 64 pixels."""
     canvas = images.shape[3]
     side = canvas * (7 / 8 if size > 64 else 1)
-    height = side * aspect.clamp(1e-3, 1)
+    height = side * aspect.clamp(1e-3, 1)  # an image that cannot be read has aspect 0
     width = side * (1 / aspect).clamp(max=1)
     sides = torch.stack([height, width], 1)
     boxes = torch.cat([(canvas - sides) / 2, sides], 1)
@@ -823,10 +814,10 @@ def gaussian_blur(x, p, kernel_size=None, sigma=(0.1, 2.0)):
     """
     n = len(x)
     size = x.shape[3]
-    radius = (kernel_size or size // 10 | 1) // 2
+    radius = size // 20 if kernel_size is None else kernel_size // 2
     sigma = uniform(n, device=x.device, low=sigma[0], high=sigma[1])
-    sigma = (sigma[:, None] * chosen(x, p).flatten(1)).clamp(min=1e-3)  # which changes nothing
-    if p == 0:
+    sigma = (sigma[:, None] * chosen(x, p).flatten(1)).clamp(min=1e-3)  # too small to blur
+    if p == 0:  # after the draws, so that those that follow do not depend on p
         return x
     offset = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.softmax(-0.5 * (offset / sigma) ** 2, 1)  # (B, 2 radius + 1)
@@ -844,6 +835,7 @@ def random_solarize(x, p, threshold=0.5):
 
 def normalize(x):
     """Subtracts ImageNet's mean and divides by its deviation; channels last."""
+    # by channel: a tensor of the means would be copied to the device, and waited for
     channels = zip(x.split(1, 1), IMAGENET_MEAN, IMAGENET_STD)
     x = torch.cat([(channel - mean).div_(std) for channel, mean, std in channels], 1)
     return x.contiguous(memory_format=torch.channels_last)
@@ -879,7 +871,7 @@ class ResNet(torchvision.models.ResNet):
     """
 
     def __init__(self, block, depths, width=64, stem="imagenet", zero_init_residual=False):
-        nn.Module.__init__(self)  # torchvision's has one width; its _make_layer needs these:
+        nn.Module.__init__(self)  # torchvision's knows one width; its _make_layer reads these:
         self._norm_layer = nn.BatchNorm2d
         self.groups = 1
         self.base_width = 64
@@ -922,11 +914,8 @@ def make_backbone(arch, image_size, zero_init_residual=False):
             return ResNet(block, depths, width // 2, "tiny")
         stem = "cifar" if image_size <= 64 else "imagenet"
         return ResNet(block, depths, width, stem, zero_init_residual)
-    fit = torchvision.models.list_models(torchvision.models, exclude=[
-        "resnet*", "googlenet", "inception*", "maxvit*", "squeezenet*", "vit*", "alexnet", "vgg*"])
-    if arch not in fit:
-        raise Failure(f"--arch {arch}: neither a ResNet nor another network of torchvision that "
-                      "takes images of any size and ends in a linear layer")
+    if arch not in torchvision.models.list_models(torchvision.models):
+        raise Failure(f"--arch {arch}: neither a ResNet nor another network of torchvision")
     network = torchvision.models.get_model(arch)
     names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     network.feature_dim = network.get_submodule(names[-1]).in_features
@@ -940,20 +929,15 @@ SAVE_SECONDS = 120  # between checkpoints
 
 
 def open_run(args):
-    """Make the run's folder, args.out. It must not hold another run, unless with --resume; without
-    --out, it is the next free one in runs/. An empty log marks it at once."""
+    """Make the run's folder args.out, on rank 0; without --out, the next free one in runs/. An empty
+    log marks it at once, so that of two runs with the same --out the second is refused."""
     if rank() == 0:
-        out = args.out or f"runs/{args.method}"
-        number = 1
-        while not args.out and not args.resume and os.path.exists(out):
-            number += 1
-            out = f"runs/{args.method}-{number}"
-        os.makedirs(out, exist_ok=args.out is not None or args.resume)
+        args.out = args.out or free_folder(args.method)
+        os.makedirs(args.out, exist_ok=True)
         try:
-            open(f"{out}/log.jsonl", "a" if args.resume else "x").close()
+            open(f"{args.out}/log.jsonl", "a" if args.resume else "x").close()
         except FileExistsError:
-            raise Failure(f"--out {out} holds a run: add --resume, or choose another folder")
-        args.out = out
+            raise Failure(f"--out {args.out} holds a run: add --resume, or choose another folder")
     if world_size() > 1:
         names = [args.out]
         dist.broadcast_object_list(names, device=torch.device("cpu"))
@@ -963,8 +947,17 @@ def open_run(args):
     say(f"recipe {args.recipe}: {args.arch}, views of {args.image_size} pixels; in {args.out}")
 
 
+def free_folder(method):
+    """Make the next free folder in runs/ -> its name. Two runs may start at the same time."""
+    for number in count(1):
+        out = f"runs/{method}" if number == 1 else f"runs/{method}-{number}"
+        with suppress(FileExistsError):
+            os.makedirs(out)
+            return out
+
+
 def batch_that_fits(batch_size, images):
-    """--batch-size, or what there is for it, in equal shares for the processes."""
+    """-> --batch-size, or less if there are fewer images, in equal shares for the processes."""
     share = min(batch_size, len(images)) // world_size()
     if share < 2:
         raise Failure(f"--batch-size {batch_size}: BN needs two images in each of {world_size()} "
@@ -976,12 +969,12 @@ def batch_that_fits(batch_size, images):
 
 
 def warmup_that_fits(warmup_steps, total_steps):
-    """Of a warm-up longer than the run, a tenth of the run is left."""
+    """A warm-up longer than the run becomes a tenth of it."""
     return warmup_steps if warmup_steps <= total_steps else total_steps // 10
 
 
 def read_file(path):
-    """torch.load, of tensors and plain values only."""
+    """torch.load that accepts only tensors and plain values."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -1033,6 +1026,8 @@ def load_checkpoint(args, images, model, optimizer):
         raise Failure(f"--resume: the processes see different checkpoints in {args.out}, which "
                       "must be on a disk that all machines share")
     if not saved:
+        if rank() == 0:
+            cut_log(f"{args.out}/log.jsonl", step)
         return 0
     if saved["images"] != images.fingerprint():
         raise Failure(f"{args.out} was trained on {saved['images']}, not {images.fingerprint()}")
@@ -1042,6 +1037,8 @@ def load_checkpoint(args, images, model, optimizer):
         if before != now:
             raise Failure(f"--{name.replace('_', '-')} {now}: the run in {args.out} has {before}, "
                           "which --resume cannot change")
+    if step > args.epochs * (len(images) // args.batch_size):
+        raise Failure(f"--epochs {args.epochs}: the run in {args.out} has done more already")
     try:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -1096,10 +1093,10 @@ def batches(images, args, step, device):
         yield now, pixels, aspect
 
 
-def log(args, done, total_steps, steps_here, seconds, lr, loss, chance=None, **health):
+def log(args, done, total_steps, first_step, started, lr, loss, chance=None, **health):
     """A line on the screen and in log.jsonl. loss and health numbers are scalars, shown as their
-    means over the processes. steps_here, seconds: what this process has trained. chance: the loss
-    of a model that guesses."""
+    means over the processes. first_step, started: the step and the time from which images/s are
+    counted. chance: the loss of guessing."""
     scalars = {"loss": loss, **health}
     values = torch.stack([torch.as_tensor(value, device=loss.device).detach().float()
                           for value in scalars.values()])
@@ -1108,9 +1105,11 @@ def log(args, done, total_steps, steps_here, seconds, lr, loss, chance=None, **h
     if not math.isfinite(scalars["loss"]):
         raise Failure(f"loss is {scalars['loss']} at step {done} (lr {lr:.3g}): try a lower --lr; "
                       f"{args.out} keeps what was saved before")
+    seconds = time.monotonic() - started  # now, after the wait for the device
+    steps_per_s = (done - first_step) / seconds
+    images_per_s = steps_per_s * args.batch_size
+    left = timedelta(seconds=round((total_steps - done) / steps_per_s))
     epoch = math.ceil(done * args.epochs / total_steps)
-    images_per_s = steps_here * args.batch_size / seconds
-    left = timedelta(seconds=round((total_steps - done) * seconds / steps_here))
     write_log(args, {"step": done, "epoch": epoch, **scalars, "lr": lr,
                      "seconds": round(seconds, 2), "images_per_s": round(images_per_s)})
     shown = [f"epoch {epoch}/{args.epochs}", f"step {done}/{total_steps}"]
@@ -1123,7 +1122,7 @@ def log(args, done, total_steps, steps_here, seconds, lr, loss, chance=None, **h
 
 
 def log_knn(args, done, total_steps, trained, untrained):
-    """The accuracies in percent of `linear_probe.quick_knn`; nothing without labels."""
+    """Accuracies in percent, from `linear_probe.quick_knn`; does nothing without labels."""
     if trained is not None:
         say(f"kNN so far {trained:.1f} (untrained {untrained:.1f})")
         write_log(args, {"step": done, "epoch": math.ceil(done * args.epochs / total_steps),
@@ -1137,7 +1136,7 @@ def write_log(args, line):
 
 
 def example_rows(images, count=10):
-    """Indices of an image of each class; without labels, of images from all over the set."""
+    """Indices of one image of each class; without labels, of images spread over the set."""
     labels = images.labels.tolist()
     classes = sorted({*labels} - {-1})
     if classes:

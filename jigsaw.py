@@ -12,12 +12,13 @@ know that an ear belongs above an eye, the backbone has to recognise the parts o
                     ┌─ tile ─ backbone ─ features ─ embed ─┐
         image ──────┼─ tile ─ backbone ─ features ─ embed ─┼─ concatenated ─ head ─ which order?
           cut and   └─ tile ─ backbone ─ features ─ embed ─┘
-          shuffled            (shared)  └─ what is kept: the backbone, used on whole images
+          shuffled            (shared)  └─ used after training, on whole images
 
-Run      python jigsaw.py                       demonstration: drawn images, CPU, minutes
+Run      python jigsaw.py                       demonstration: synthetic images, CPU, minutes
          python jigsaw.py --data path           a folder of images, or cifar10
          torchrun --nproc-per-node=8 jigsaw.py --data path
-Reuse    from jigsaw import Jigsaw, permutation_set, cut_tiles, jigsaw_loss     (needs torch only)
+Reuse    from jigsaw import Jigsaw, permutation_set, cut_tiles, shuffle, normalize_tiles
+         from jigsaw import jigsaw_loss         (needs torch only)
 """
 
 import copy
@@ -30,6 +31,42 @@ import torch.nn.functional as F
 from torch import nn
 
 # ---------------------------------------------------------------------------------------- model
+
+
+def cut_tiles(images, grid, tile_size, offsets=None):
+    """A tile from each cell of a grid: (B, 3, S, S) -> (B, grid², 3, t, t), row by row.
+
+    Tiles are smaller than cells and lie anywhere in them, so that there are random gaps between
+    tiles: 0 to 42 pixels with the paper's cells of 85 and tiles of 64; 0 to 4 with 10 and 8.
+    offsets (B, grid², 2): where in its cell a tile lies, down and right, in [0, 1); random by
+    default.
+    """
+    size = images.shape[3]
+    cell = size // grid
+    margin = (size - grid * cell) // 2
+    if tile_size > cell:
+        raise ValueError(f"tiles of {tile_size} pixels do not fit {grid} times into {size}")
+    if offsets is None:
+        offsets = torch.rand(len(images), grid**2, 2, device=images.device)
+    down, right = (offsets * (cell - tile_size + 1)).long().unbind(2)  # in pixels
+    place = torch.arange(grid**2, device=images.device)
+    top = margin + place // grid * cell + down
+    left = margin + place % grid * cell + right
+    windows = images.unfold(2, tile_size, 1).unfold(3, tile_size, 1)  # (B, 3, tops, lefts, t, t)
+    image = torch.arange(len(images), device=images.device)[:, None]
+    return windows[image, :, top, left]
+
+
+def shuffle(tiles, places):
+    """The tiles from these places of the image: (B, M, 3, t, t), (B, N) -> (B, N, 3, t, t).
+    Tile n is then the one from place places[:, n]."""
+    image = torch.arange(len(tiles), device=tiles.device)[:, None]
+    return tiles[image, places]
+
+
+def normalize_tiles(tiles):
+    """Mean 0 and deviation 1 in each channel of each tile: (B, N, 3, t, t) -> the same."""
+    return F.instance_norm(tiles.flatten(0, 1)).unflatten(0, tiles.shape[:2])
 
 
 class Jigsaw(nn.Module):
@@ -51,40 +88,11 @@ class Jigsaw(nn.Module):
                                   nn.Linear(hidden_dim, num_orders))
 
     def forward(self, tiles):
-        """(B, N, 3, t, t) -> logits (B, P). Backbone and embedding treat all tiles alike; only by
+        """(B, N, 3, t, t) -> logits (B, P). Backbone and embedding treat all tiles alike; only from
         its position in the concatenation does the head know where a tile has been put."""
-        embedded = self.embed(self.backbone(tiles.flatten(0, 1)))
-        return self.head(embedded.unflatten(0, tiles.shape[:2]).flatten(1))
-
-
-def permutation_set(count, tiles, seed):
-    """Permutations of the tiles that differ in many places -> (count, tiles), int64.
-
-    Orders that differ in two tiles only, which perhaps both show sky, nobody could tell apart. The
-    seed chooses the first; each next one is, of all, the one that differs in the most places
-    (Hamming distance) from the nearest chosen so far, and of equals, from all chosen, in the sum.
-    """
-    if not 1 <= count <= math.factorial(tiles):
-        raise ValueError(f"{tiles} tiles have {math.factorial(tiles)} permutations, not {count}")
-    generator = torch.Generator().manual_seed(seed)
-    every = torch.zeros(1, 0, dtype=torch.uint8)
-    for n in range(tiles):  # insert n at each of the n + 1 places of every permutation of 0..n-1
-        new = every.new_full((len(every), 1), n)
-        every = torch.cat([torch.cat([every[:, :i], new, every[:, i:]], 1) for i in range(n + 1)])
-    every = every[torch.randperm(len(every), generator=generator)].T.contiguous()
-    nearest = torch.full((every.shape[1],), tiles, dtype=torch.int32)  # distance to the nearest one
-    total, chosen = torch.zeros_like(nearest), [0]  # sum of the distances to all chosen
-    while len(chosen) < count:
-        distance = sum((place != place[chosen[-1]]).int() for place in every)
-        nearest, total = torch.minimum(nearest, distance), total + distance
-        # total is less than tiles * count: it decides among equals only
-        chosen.append((nearest * tiles * count + total).argmax().item())
-    return every[:, chosen].T.long()
-
-
-def relative_pairs():
-    """The relative task's orders, of two tiles: the middle one and each neighbour -> (8, 2)."""
-    return torch.tensor([(4, neighbour) for neighbour in (0, 1, 2, 3, 5, 6, 7, 8)])
+        embedded = self.embed(self.backbone(tiles.flatten(0, 1)))  # (B · N, tile_dim)
+        embedded = embedded.unflatten(0, tiles.shape[:2])
+        return self.head(embedded.flatten(1))
 
 
 # ----------------------------------------------------------------------------------------- loss
@@ -104,24 +112,25 @@ def jigsaw_loss(logits, labels):
 @torch.no_grad()
 def solved(logits, labels):
     """Health: the fraction of rows in which the label has the highest logit. Rising, and above the
-    chance level, 1 / K; if it is near 1 within the first epochs, there is a shortcut that needs no
-    features of objects: (B, K), (B,) -> scalar."""
+    chance level, 1 / K. Near 1 within the first epochs, it shows a shortcut: a solution that needs
+    no features of objects. (B, K), (B,) -> scalar."""
     return (logits.argmax(1) == labels).float().mean()
 
 
 # --------------------------------------------------------------------------------- augmentation
-# An image is augmented, cut and shuffled. What would tell where tiles belong, without any knowledge
-# of objects, is taken away: lines that go on in the next tile (by random gaps), brightness that
-# changes across the image (each tile is normalised by itself), the coloured fringes of lenses (some
-# images lose their colours), and most of the grid of small JPEG files (crops are resampled).
+# An image is augmented, cut and shuffled. What would tell where a tile belongs, without any
+# knowledge of objects, is taken away: lines that go on in the next tile (by random gaps),
+# brightness that changes across the image (each tile is normalised by itself), the colored fringes
+# of lenses (some images lose their colors), and most of the grid of small JPEG files (crops are
+# resampled).
 
 
 def augment(images, aspect, image_size, crop_scale, gray, invert):
-    """uint8 images (B, 3, S, S), squeezed to squares from width / height = aspect (B,) -> views
-    (B, 3, image_size, image_size), not cut yet.
+    """uint8 images (B, 3, S, S), resized to squares, and aspect (B,), their original width / height
+    -> views (B, 3, image_size, image_size), not cut yet.
 
-    gray, invert: fractions of images that lose their colours, and that are made negatives. Not in
-    the paper: negatives, and crops smaller than the largest square (crop_scale below 1).
+    gray, invert: fractions of images that lose their colors, and that are inverted. Not in the
+    paper: inverted images, and crops smaller than the largest square (crop_scale below 1).
     """
     from common import (normalize, random_grayscale, random_horizontal_flip, random_resized_crop,
                         random_solarize)
@@ -137,41 +146,21 @@ def augment(images, aspect, image_size, crop_scale, gray, invert):
 
 
 def random_square(images, aspect, size):
-    """The largest square that fits into the original, at a random place along its longer side."""
+    """The largest square that fits into the original image, at a random place along the longer
+    side: (B, 3, S, S) uint8, (B,) -> (B, 3, size, size) in [0, 1]."""
     from common import resized_crop, uniform
 
     canvas = images.shape[3]
-    sides = canvas * torch.stack([aspect, 1 / aspect], 1).clamp(max=1)
+    height = canvas * aspect.clamp(max=1)
+    width = canvas * (1 / aspect).clamp(max=1)
+    sides = torch.stack([height, width], 1)
     corner = uniform(len(images), 2, device=images.device) * (canvas - sides)
     return resized_crop(images, torch.cat([corner, sides], 1), size)
 
 
-def cut_tiles(images, grid, tile_size, offsets=None):
-    """A tile from each cell of a grid: (B, 3, S, S) -> (B, grid², 3, t, t), row by row.
-
-    Tiles are smaller than cells, and lie anywhere in them, so that random gaps are left between
-    tiles: 0 to 42 pixels with the paper's cells of 85 and tiles of 64; 0 to 4 with 10 and 8.
-    offsets (B, grid², 2): where in its cell a tile lies, down and right, in [0, 1), else random.
-    """
-    size, cell = images.shape[3], images.shape[3] // grid
-    if tile_size > cell:
-        raise ValueError(f"tiles of {tile_size} pixels do not fit {grid} times into {size}")
-    if offsets is None:
-        offsets = torch.rand(len(images), grid**2, 2, device=images.device)
-    corner = (offsets * (cell - tile_size + 1)).long() + (size - grid * cell) // 2
-    place = torch.arange(grid**2, device=images.device)
-    top, left = corner[..., 0] + place // grid * cell, corner[..., 1] + place % grid * cell
-    windows = images.unfold(2, tile_size, 1).unfold(3, tile_size, 1)  # at all places
-    return windows[torch.arange(len(images), device=images.device)[:, None], :, top, left]
-
-
-def shuffle(tiles, orders):
-    """(B, M, 3, t, t), (B, N) -> (B, N, 3, t, t). Tile n is then tile orders[:, n] of the image."""
-    return tiles[torch.arange(len(tiles), device=tiles.device)[:, None], orders]
-
-
-def draw_puzzles(images, aspect, view, orders, tile_size):
-    """Augment, cut and shuffle -> tiles (B, N, 3, t, t) in random orders, and which ones: (B,)."""
+def random_puzzles(images, aspect, view, orders, tile_size):
+    """Augment the images by `view`, cut and shuffle them -> tiles (B, N, 3, t, t), each image's in
+    a random one of the `orders` (P, N), and the index of this order (B,)."""
     from common import uniform
 
     offsets = uniform(len(images), 9, 2, device=images.device)
@@ -180,17 +169,50 @@ def draw_puzzles(images, aspect, view, orders, tile_size):
     return shuffle(tiles, orders[order]), order
 
 
-def normalize_tiles(tiles):
-    """Mean 0 and deviation 1 in each channel of each tile: (B, N, 3, t, t) -> the same."""
-    return F.instance_norm(tiles.flatten(0, 1)).view_as(tiles)
+# --------------------------------------------------------------------------- the sets of orders
 
 
-def lay_out(tiles, places):
-    """Put tile n at place places[:, n] of 3 x 3, with white around: (B, N, 3, t, t), (B, N) or (N,)
-    -> (B, 3, 3 (t + 2), 3 (t + 2))."""
-    board = tiles.new_ones(len(tiles), 9, 3, tiles.shape[3] + 2, tiles.shape[4] + 2)
-    board[torch.arange(len(tiles), device=tiles.device)[:, None], places, :, 1:-1, 1:-1] = tiles
-    return board.unflatten(1, (3, 3)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+def all_permutations(n):
+    """The permutations of 0 to n - 1: (n!, n) float."""
+    every = torch.zeros(1, 0)
+    for new in range(n):  # is inserted at each place of each permutation of 0 to new - 1
+        column = torch.full((len(every), 1), float(new))
+        inserted = [torch.cat([every[:, :i], column, every[:, i:]], 1) for i in range(new + 1)]
+        every = torch.cat(inserted)
+    return every
+
+
+def permutation_set(count, tiles, seed):
+    """Permutations of the tiles that differ in many places -> (count, tiles), int64.
+
+    Nobody could tell apart two orders that differ in two tiles only, which perhaps both show sky.
+    The search is greedy. The seed chooses the first permutation. The next one is always the one,
+    of all, with the largest Hamming distance to the nearest of those chosen before, and among
+    equals, with the largest sum of the distances to all of them.
+    """
+    if not 1 <= count <= math.factorial(tiles):
+        raise ValueError(f"{tiles} tiles have {math.factorial(tiles)} permutations, not {count}")
+    every = all_permutations(tiles)
+    generator = torch.Generator().manual_seed(seed)
+    every = every[torch.randperm(len(every), generator=generator)]
+    chosen = [0]
+    nearest = torch.full((len(every),), float(tiles))  # distance to the nearest one chosen
+    total = torch.zeros(len(every))  # sum of the distances to all chosen
+    while len(chosen) < count:
+        last = every[chosen[-1:]]
+        distance = torch.cdist(every, last, p=0).squeeze(1)  # p = 0: in how many places they differ
+        nearest = torch.minimum(nearest, distance)
+        total += distance
+        # total is less than tiles · count, so it decides among equals only
+        chosen.append((nearest * tiles * count + total).argmax().item())
+    return every[chosen].long()
+
+
+def relative_pairs():
+    """The orders of the relative task, which has two tiles: the middle one, and one of its eight
+    neighbours -> (8, 2)."""
+    neighbours = [0, 1, 2, 3, 5, 6, 7, 8]
+    return torch.tensor([[4, neighbour] for neighbour in neighbours])
 
 
 # ------------------------------------------------------------------------------------- training
@@ -200,7 +222,10 @@ def stepwise(step, total_steps, warmup_steps, peak, drops, factor):
     """Rises linearly to `peak` over the warm-up, then is constant, except that it is multiplied by
     `factor` at each of the `drops`: fractions of the training, from 0 to 1."""
     passed = sum(step >= round(drop * total_steps) for drop in drops)
-    return peak * factor**passed * min((step + 1) / max(warmup_steps, 1), 1)
+    lr = peak * factor**passed
+    if step < warmup_steps:
+        lr *= (step + 1) / warmup_steps
+    return lr
 
 
 def make_optimizer(model, weight_decay):
@@ -208,70 +233,101 @@ def make_optimizer(model, weight_decay):
     return torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=weight_decay)
 
 
+def lay_out(tiles, places):
+    """Put tile n at place places[:, n] of 3 x 3: (B, N, 3, t, t), (B, N) or (N,) -> pictures
+    (B, 3, ., .)."""
+    from torchvision.utils import make_grid
+
+    boards = tiles.new_ones(len(tiles), 9, *tiles.shape[2:])  # white
+    image = torch.arange(len(tiles), device=tiles.device)[:, None]
+    boards[image, places] = tiles
+    return torch.stack([make_grid(board, nrow=3, pad_value=1) for board in boards])
+
+
+def save_puzzles(path, images, tiles, places):
+    """A picture of uint8 images, of their shuffled tiles, and of the tiles put at these places."""
+    from common import denormalize, rank, save_picture
+
+    if rank() == 0:
+        tiles = denormalize(tiles)
+        in_turn = torch.arange(tiles.shape[1], device=tiles.device)
+        save_picture(path, images / 255, lay_out(tiles, in_turn), lay_out(tiles, places))
+
+
 def train(args):
     """A puzzle of each image of a batch, once per step."""
-    from common import (batch_that_fits, batches, denormalize, examples, load_checkpoint, load_data,
-                        log, make_backbone, parallel, rank, save_checkpoint, save_picture, start,
-                        write_log)
-    from linear_probe import calibrate_batch_norm, evaluate, load_init
+    # Imported here, so that this file alone, copied elsewhere, can be imported without them.
+    from common import (SAVE_SECONDS, autocast, batch_that_fits, batches, examples, load_checkpoint,
+                        load_data, log, log_knn, make_backbone, open_run, parallel, save_checkpoint,
+                        start, warmup_that_fits, write_log)
+    from linear_probe import calibrate_batch_norm, evaluate, load_backbone, quick_knn
 
-    device = start(args.device, args.seed, args.deterministic)
-    train_set, test_set = load_data(args.data, args.image_size, args.max_images, args.workers,
-                                    device)
-    args.batch_size = batch_that_fits(args, train_set)  # over all processes
+    device = start(args.device, args.seed)
+    train_set, test_set = load_data(args, device)
+    args.batch_size = batch_that_fits(args.batch_size, train_set)  # over all processes
     steps_per_epoch = len(train_set) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
-    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
+    warmup_steps = warmup_that_fits(round(args.warmup_epochs * steps_per_epoch), total_steps)
     peak_lr = args.lr * args.batch_size / 256
 
     # With the stem for whole images, not for tiles: they are what the backbone will be used on.
     backbone = make_backbone(args.arch, args.image_size)
     untrained = copy.deepcopy(backbone)  # the report's baseline
-    load_init(backbone, args.init)
-    orders = relative_pairs()
+    if args.init:
+        load_backbone(args.init, network=backbone)
     if args.task == "jigsaw":
         orders = permutation_set(args.permutations, 9, seed=0)
+    else:
+        orders = relative_pairs()
     model = Jigsaw(backbone, backbone.feature_dim, orders, args.tile_dim, args.hidden_dim)
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, args.weight_decay)
     view = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale, gray=args.gray,
                    invert=args.invert)
-    draw = partial(draw_puzzles, view=view, orders=model.orders, tile_size=args.tile_size)
-    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
-    network = parallel(model, args.compile)  # DistributedDataParallel and SyncBN, if of several
-    images, aspect = examples(train_set, device)
-    puzzles, order = draw(images, aspect)
-    shown = denormalize(puzzles)
-    unsolved = lay_out(shown, torch.arange(orders.shape[1], device=device))
-    solution = lay_out(shown, model.orders[order])
-    if rank() == 0:
-        save_picture(f"{args.out}/views.png", images / 255, unsolved, solution)
-    saved_at = save_checkpoint(args, step, train_set, model, optimizer, backbone)
-    started = step, time.monotonic()  # for the speed and the time left
+    puzzles = partial(random_puzzles, view=view, orders=model.orders, tile_size=args.tile_size)
     chance = math.log(len(orders))
+
+    open_run(args)
+    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or the step to resume from
+    network = parallel(model, args.compile)  # DDP and SyncBN when there are several processes
+    shown, aspect = examples(train_set, device)
+    shown_tiles, shown_order = puzzles(shown, aspect)
+    save_puzzles(f"{args.out}/views.png", shown, shown_tiles, model.orders[shown_order])
+    untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
+                              calibrate=True)
+    first_step = step
+    started = saved_at = time.monotonic()
 
     for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
         lr = stepwise(step, total_steps, warmup_steps, peak_lr, args.lr_drops, args.lr_factor)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        tiles, order = draw(images, aspect)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        tiles, order = puzzles(images, aspect)
+        with autocast(device):
             logits = network(normalize_tiles(tiles))
         loss = jigsaw_loss(logits.float(), order)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-        done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
+        done = step + 1
+        epoch_ends = done % steps_per_epoch == 0
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
-            log(args, done, total_steps, started, lr, loss, chance,
+            log(args, done, total_steps, first_step, started, lr, loss, chance,
                 puzzles_solved=solved(logits, order))
-        if done == total_steps and rank() == 0:
+        if epoch_ends:
+            paused = time.monotonic()
+            trained_knn = quick_knn(backbone, train_set, test_set, args.image_size, device,
+                                    calibrate=True)  # from the BN statistics of tiles
+            log_knn(args, done, total_steps, trained_knn, untrained_knn)
+            started += time.monotonic() - paused  # images/s leave the kNN out
+        if time.monotonic() - saved_at > SAVE_SECONDS:
+            save_checkpoint(args, done, train_set, model, optimizer, backbone)
+            saved_at = time.monotonic()
+        if done == total_steps:  # how the network solves the puzzles of views.png
             with torch.no_grad():
-                found = model.eval()(normalize_tiles(puzzles)).argmax(1)
-            save_picture(f"{args.out}/puzzles.png", unsolved, lay_out(shown, model.orders[found]))
-        if epoch_ends or time.monotonic() - saved_at > 600:
-            saved_at = save_checkpoint(args, done, train_set, model, optimizer, backbone)
+                found = model.eval()(normalize_tiles(shown_tiles)).argmax(1)
+            save_puzzles(f"{args.out}/puzzles.png", shown, shown_tiles, model.orders[found])
     calibrate_batch_norm(backbone, train_set, args.image_size, device)  # to whole images, not tiles
     save_checkpoint(args, total_steps, train_set, model, optimizer, backbone)
     report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device,
@@ -279,7 +335,7 @@ def train(args):
     write_log(args, {"step": total_steps, "report": report})
 
 
-RECIPES = {
+RECIPES = {  # what differs between recipes; every other flag has a single default
     "recipe":        ("demo",     "cpu",      "cifar",          "imagenet"),
     "arch":          ("resnet8",  "resnet8",  "resnet18",       "resnet50"),
     "image_size":    (32,         64,         32,               255),
@@ -288,9 +344,7 @@ RECIPES = {
     "batch_size":    (64,         64,         256,              256),
     "lr":            (0.2,        0.2,        0.1,              0.1),
     "lr_drops":      ([0.7],      [0.7],      [0.3, 0.6, 0.9],  [2 / 7, 4 / 7, 6 / 7, 20 / 21]),
-    "lr_factor":     (0.1,        0.1,        0.1,              0.1),
     "weight_decay":  (5e-4,       5e-4,       5e-4,             1e-4),
-    "task":          ("jigsaw",   "jigsaw",   "jigsaw",         "jigsaw"),
     "permutations":  (30,         30,         100,              100),
     "tile_size":     (8,          18,         8,                64),
     "crop_scale":    (0.5,        0.5,        0.5,              1.0),
@@ -299,40 +353,43 @@ RECIPES = {
     "tile_dim":      (128,        128,        256,              1000),
     "hidden_dim":    (256,        256,        1024,             4096),
 }
-FLAGS = {  # type, lowest, highest, help, the paper's value
-    "lr_drops": ([float], 0, 1, "fractions of the training at which the rate falls"),
-    "lr_factor": (float, 0, 1, "what the rate is multiplied by when it falls"),
-    "task": (("jigsaw", "relative"), None, None, "the order of nine tiles, or which neighbour of "
-             "the middle tile a second one is"),
-    "permutations": (int, 2, 10000, "orders in the set", "1000"),
-    "tile_size": (int, 2, 10**4, "side of a tile in pixels, at most a third of --image-size", "64"),
-    "crop_scale": (float, 1e-3, 1, "smallest crop, as a fraction of the image's area; 1: the "
-                   "largest square", "1"),
-    "gray": (float, 0, 1, "fraction of images whose colours are dropped", "0.3"),
-    "invert": (float, 0, 1, "fraction of images made negatives", "0"),
-    "tile_dim": (int, 1, 10**5, "length of a tile's embedding", "1024 in its code"),
-    "hidden_dim": (int, 1, 10**5, "width of the head's hidden layer", "4096"),
-}
 
 
 def parse_args(argv=None):
-    from common import parse_flags, wrong_arguments
+    from common import make_parser, parse_with_recipe
 
-    args = parse_flags("jigsaw", __doc__, RECIPES, FLAGS, argv)
-    if args.tile_size > args.image_size // 3:
-        wrong_arguments(f"--tile-size {args.tile_size} is more than a third of --image-size "
-                        f"{args.image_size}")
-    return args
+    parser = make_parser("jigsaw", __doc__, RECIPES)
+    add = parser.add_argument
+    add("--lr-drops", type=float, nargs="*", help="fractions of the training at which the rate "
+        "falls")
+    add("--lr-factor", type=float, default=0.1, help="what the rate is multiplied by when it falls")
+    add("--task", choices=["jigsaw", "relative"], default="jigsaw", help="the order of nine tiles, "
+        "or which neighbour of the middle tile a second one is")
+    add("--permutations", type=int, help="orders in the set; paper: 1000")
+    add("--tile-size", type=int, help="side of a tile in pixels, at most a third of --image-size; "
+        "paper: 64")
+    add("--crop-scale", type=float, help="smallest crop, fraction of the image's area; 1: the "
+        "largest square; paper: 1")
+    add("--gray", type=float, help="fraction of images that lose their colors; paper: 0.3")
+    add("--invert", type=float, help="fraction of images that are inverted; paper: 0")
+    add("--tile-dim", type=int, help="length of a tile's embedding; the paper's code: 1024")
+    add("--hidden-dim", type=int, help="width of the head's hidden layer; paper: 4096")
+    return parse_with_recipe(parser, RECIPES, argv)
 
+
+# ------------------------------------------------------------------------- sources and departures
 
 # Sources. imagenet: vissl's ResNet-50 (its probe is better with 100 permutations than with 2000),
 # which has no hidden layer, normalises no tiles and does not decay BN. cifar: tiles in proportion,
-# not tuned. cpu: measured on CIFAR-10, at twice its size. demo: measured on drawn images.
-# Departures from the papers: ResNets (paper: AlexNet); vissl's embedding and flips, the hidden
+# not tuned. cpu: measured on CIFAR-10, at twice its size. demo: measured on the synthetic images.
+#
+# Departures from the papers: ResNets (paper: AlexNet); vissl's embedding and flips, and the hidden
 # layer of Kolesnikov et al. (2019) without its dropout; no jitter of a tile's channels; the BN of
-# the backbone that is kept is calibrated on whole images at the end. A permutation is chosen by its
-# smallest distance, then by its mean (paper: by this alone). The relative task has the puzzle's
-# gaps (paper: half a tile; --tile-size 57 of 255 gives that) and drops colours.
+# the backbone that is kept is calibrated on whole images at the end; crops are taken from a square
+# canvas of 8/7 of the view's side, so that elongated images lose detail (cut them beforehand). A
+# permutation is chosen by its smallest distance, then by its mean (paper: by the mean alone). The
+# relative task has the puzzle's gaps (paper: half a tile; --tile-size 57 of 255 gives that) and
+# drops colors.
 
 if __name__ == "__main__":
     from common import main

@@ -8,10 +8,10 @@ raw pixels?
 Run    python linear_probe.py --checkpoint runs/simclr/backbone.pth --data folder
        Also for ResNets and ViTs of torchvision, timm, solo-learn and the methods' official code.
 
-All images are normalised by ImageNet's mean and std. (Some of timm's ViTs were trained with 0.5 for
-all six: scale the input of such a network accordingly, or its features are not what they should be.)
+Images are normalised by ImageNet's mean and std. (Some of timm's ViTs were trained with 0.5 for
+both: their features are worse here. Wrap such a network in one that rescales its input.)
 
-Departure: papers train the probe by SGD on augmented views, for up to a point more.
+Departure: papers train the probe by SGD on augmented views, and get up to one point more.
 """
 
 import argparse
@@ -40,9 +40,9 @@ STAGES = r"layer\d|blocks\.\d+|encoder\.layers\.\w+"  # names of the parts of a 
 
 
 def stage_features(network, stages, x):
-    """-> the features (B, C) after each of these stages; "" is the end. A map is averaged over a
-    grid that leaves about as many numbers as there are at the end, as more features alone raise an
-    accuracy; a ViT's tokens are averaged over the patches."""
+    """-> the features (B, C) after each of these stages; "" is the end. A map is pooled to a grid
+    with about as many numbers as the final features, since more features alone raise the accuracy;
+    a ViT's tokens are averaged over the patches."""
     outputs = {}
     hooks = []
     for stage in stages:
@@ -69,7 +69,9 @@ def extract_features(network, images, rows, image_size, device, stages=("",), wh
     image could be read, (N,). Each of W processes encodes every W-th row, and has all in the end.
     what: a name for the progress on the screen; without it, none is shown."""
     mine = torch.arange(len(rows))[rank() :: world_size()]
-    parts = [part for part in mine.split(256) if len(part) > 0]
+    if len(mine) == 0:  # more processes than images
+        mine = torch.tensor([0])
+    parts = mine.split(256)
     loaded = images.load([rows[part] for part in parts], device)
     if what:
         loaded = common.progress(loaded, f"encoding {what}", len(parts))
@@ -85,15 +87,16 @@ def extract_features(network, images, rows, image_size, device, stages=("",), wh
         dist.all_reduce(readable)
         for i, own in enumerate(features):
             features[i] = own.new_zeros(len(rows), own.shape[1])
-            features[i][mine.to(device)] = own
+            if rank() < len(rows):
+                features[i][mine.to(device)] = own
             dist.all_reduce(features[i])
     return features, readable.bool()
 
 
 @torch.no_grad()
 def calibrate_batch_norm(network, images, image_size, device, seed=0):
-    """Give the BN layers of an untrained network the mean statistics of up to 8 batches; with the
-    0 and 1 that they start from, it would be a weaker baseline than random weights are."""
+    """Set the BN statistics of an untrained network to their mean over up to 8 batches. With the
+    initial 0 and 1 it would be too weak a baseline."""
     norms = [m for m in network.eval().modules() if hasattr(m, "reset_running_stats")]
     if not norms:
         return
@@ -118,7 +121,7 @@ def calibrate_batch_norm(network, images, image_size, device, seed=0):
 def knn(train_features, train_labels, test_features, test_labels, k=200, temperature=0.1):
     """Top-1 in percent of a vote among the k nearest training images by cosine similarity s, each
     with weight exp(s / temperature) (Wu et al., 1805.01978). Features (N, C), labels (N,)."""
-    bank = F.normalize(train_features.float(), dim=1)  # exp(10) is too much for float16
+    bank = F.normalize(train_features.float(), dim=1)  # in float16 exp(10) overflows
     queries = F.normalize(test_features.float(), dim=1)
     k = min(k, len(bank))
     classes = train_labels.max() + 1
@@ -187,7 +190,7 @@ def top1(classifier, features, labels):
 
 def linear_probe(train_features, train_labels, test_features, test_labels, path=linear_path):
     """-> dict: probe (top-1 in percent), chosen (the penalty's strength, or `mlp_path`'s steps),
-    held_out (by these, top-1 on a tenth of the training images, before the fit to all).
+    held_out (for each of these, top-1 on a tenth of the training images, before the fit to all).
 
     Features (N, C), N at least 2, are standardised in place, as by MAE's BN without affine; labels
     (N,) from 0.
@@ -202,8 +205,7 @@ def linear_probe(train_features, train_labels, test_features, test_labels, path=
     for setting, classifier in path(train_features[rest], train_labels[rest], classes):
         held_out[setting] = top1(classifier, train_features[held], train_labels[held])
         chosen = max(held_out, key=held_out.get)  # the first of equals
-        worse_since = len(held_out) - 1 - list(held_out).index(chosen)
-        if worse_since == 2:
+        if chosen not in list(held_out)[-2:]:  # the last two were no better
             break
     for setting, classifier in path(train_features, train_labels, classes):
         if setting == chosen:
@@ -223,8 +225,7 @@ def labelled_rows(images, fraction=1.0, seed=0):
 
 
 def labelled_features(network, images, rows, image_size, device, stages=("",), what=""):
-    """-> features (N, C) for each stage, and labels (N,), of those of these rows that can be read.
-    """
+    """-> for each stage, features (N, C) of the rows that can be read, and their labels (N,)."""
     features, readable = extract_features(network, images, rows, image_size, device, stages, what)
     labels = images.labels[rows].to(device)
     if not readable.all():
@@ -235,8 +236,8 @@ def labelled_features(network, images, rows, image_size, device, stages=("",), w
 
 def quick_knn(network, train, test, image_size, device, sizes=(2000, 500), calibrate=False):
     """kNN accuracy in percent while training, with k = 20, on at most `sizes` training and test
-    images; None without labels. It changes nothing: it works on a copy of the network, and draws no
-    random number. calibrate: for an untrained network, see `calibrate_batch_norm`."""
+    images; None without labels. It works on a copy of the network, and draws no random numbers.
+    calibrate: for an untrained network, see `calibrate_batch_norm`."""
     if test is None:
         return None
     network = copy.deepcopy(network).eval()
@@ -278,15 +279,14 @@ def evaluate(backbone, untrained, train, test, image_size, device, labels=1.0, s
                                  f"training images, {kind}")
         test_x, test_y = labelled_features(network, test, test_rows, image_size, device, stages,
                                            f"test images, {kind}")
-        if rank() > 0:
-            continue
-        for stage in stages:
+        for stage in stages if rank() == 0 else []:
             given = x.pop(0), y, test_x.pop(0), test_y  # popped: the probe copies what it is given
             vote = knn(*given)
             for by, path in paths.items():
                 name = f"{kind} {stage}".strip() + by
                 report[name] = {"knn": vote, **linear_probe(*given, path)}
                 say(f"kNN {vote:5.1f}  linear probe {report[name]['probe']:5.1f}  {name}")
+        common.wait_for_all()
     if rank() == 0:
         chance = 100 * test_y.bincount().max() / len(test_y)
         say(f"Percent right of {len(test_y):,} test images (chance {chance:.1f}) on frozen "
@@ -350,7 +350,8 @@ def find_weights(value, name=""):
 
 
 def backbone_weights(found, network):
-    """Of a file's tensors by dotted name -> {name: tensor} of its backbone, and the others' parts.
+    """A file's tensors by dotted name -> the backbone's {name: tensor}, and names of the parts that
+    are left over.
 
     Of several backbones, DINO evaluates the teacher, BYOL and MoCo not the target or key encoder.
     ValueError: there is none.
@@ -372,17 +373,19 @@ def backbone_weights(found, network):
 
     prefix = min(sorted(prefixes), key=preference)
     weights = {}
-    others = []
+    left_over = []
     for name, tensor in found.items():
         if name.startswith(prefix):
             weights[name.removeprefix(prefix)] = tensor
         else:
-            others.append(next(part for part in name.split(".") if part not in prefix.split(".")))
-    return weights, others
+            parts = [part for part in name.split(".") if part not in prefix.split(".")]
+            left_over.append(parts[0])
+    return weights, left_over
 
 
 def build_resnet(weights, image_size, stem_padding):
-    """-> the untrained ResNet of these names and shapes, and the size of its images in pixels."""
+    """-> the untrained ResNet of these names and shapes, the size of its images in pixels, and what
+    had to be assumed, in words."""
     width, _, kernel, _ = weights["conv1.weight"].shape
     block = Bottleneck if "layer1.0.conv3.weight" in weights else BasicBlock
     inner, _, _, _ = weights["layer1.0.conv1.weight"].shape
@@ -393,28 +396,29 @@ def build_resnet(weights, image_size, stem_padding):
     count = Counter(stage for stage, _ in blocks)
     depths = [count[stage] for stage in sorted(count)]
     if kernel == 7:
-        return common.ResNet(block, depths, width, "imagenet"), image_size or 224
+        return common.ResNet(block, depths, width, "imagenet"), image_size or 224, ""
     if len(depths) == 3:  # only ours have three stages
-        return common.ResNet(block, depths, width, "tiny"), image_size or 32
+        return common.ResNet(block, depths, width, "tiny"), image_size or 32, ""
     network = common.ResNet(block, depths, width, "cifar")
     network.conv1.padding = stem_padding, stem_padding
-    say(f"assuming stride 1 and --stem-padding {stem_padding} in the first layer")
-    return network, image_size or 32
+    assumed = f"a first layer of stride 1 and --stem-padding {stem_padding}"
+    return network, image_size or 32, assumed
 
 
 def build_vit(weights, image_size, heads):
-    """-> the untrained ViT of these names and shapes, and the size of its images in pixels."""
+    """-> the untrained ViT of these names and shapes, the size of its images in pixels, and what had
+    to be assumed, in words."""
     dim, _, patch_size, _ = weights["conv_proj.weight"].shape
     patches = weights["encoder.pos_embedding"].shape[1] - 1
     image_size = image_size or patch_size * math.isqrt(patches)
     if image_size % patch_size:
         raise ValueError(f"--image-size {image_size} is no multiple of its patches' {patch_size}")
-    heads = heads or dim // 64
-    say(f"assuming --heads {heads}, --image-size {image_size}, and ImageNet's mean and std")
+    heads = heads or max(1, dim // 64)
+    assumed = f"--heads {heads}, --image-size {image_size}, and ImageNet's mean and std"
     depth = len({name.split(".")[2] for name in weights if name.startswith("encoder.layers.")})
     network = VisionTransformer(image_size, patch_size, depth, heads, dim, 4 * dim)
     network.heads = nn.Identity()
-    return network, image_size
+    return network, image_size, assumed
 
 
 def fill(network, weights):
@@ -425,10 +429,12 @@ def fill(network, weights):
     weights = {name: tensor for name, tensor in weights.items() if name not in heads}
     if isinstance(network, VisionTransformer):
         weights = interpolate_embeddings(network.image_size, network.patch_size, weights)
-    stem, given = own.get("conv1.weight"), weights.get("conv1.weight")
-    if stem is not None and given is not None and stem.shape != given.shape:
-        raise ValueError(f"its first layer is {tuple(given.shape)}, the network's is "
-                         f"{tuple(stem.shape)} (7x7 for views of more than 64 pixels, else 3x3)")
+    if "conv1.weight" in own and "conv1.weight" in weights:
+        stem = tuple(own["conv1.weight"].shape)
+        given = tuple(weights["conv1.weight"].shape)
+        if stem != given:
+            raise ValueError(f"its first layer is {given}, the network's {stem}: 7x7 for views of "
+                             "more than 64 pixels, else 3x3")
     network.load_state_dict(weights)
     return heads
 
@@ -440,7 +446,9 @@ def load_backbone(path, image_size=None, arch=None, stem_padding=1, heads=None, 
     used, or reported as not used. Failure: it does not fit.
     """
     checkpoint = common.read_file(path)
-    if isinstance(checkpoint, dict) and "recipe" in checkpoint:  # a checkpoint.pth of ours
+    ours = isinstance(checkpoint, dict) and "recipe" in checkpoint  # a checkpoint.pth
+    assumed = ""
+    if ours:
         args = checkpoint["args"]
         image_size = image_size or args["image_size"]
         arch = arch or args["arch"]
@@ -449,20 +457,20 @@ def load_backbone(path, image_size=None, arch=None, stem_padding=1, heads=None, 
         network = common.make_backbone(arch, image_size or 224)
     try:
         weights, unused = backbone_weights(find_weights(checkpoint), network)
-        if not all(tensor.isfinite().all() for tensor in weights.values()):
-            raise ValueError("its weights are not finite: the training has diverged")
         if "pos_embed" in weights and not hasattr(network, "pos_embed"):
             weights = timm_to_torchvision(weights)
         if network is None and "conv1.weight" in weights:
-            network, image_size = build_resnet(weights, image_size, stem_padding)
+            network, image_size, assumed = build_resnet(weights, image_size, stem_padding)
         elif network is None:
-            network, image_size = build_vit(weights, image_size, heads)
+            network, image_size, assumed = build_vit(weights, image_size, heads)
         untrained = copy.deepcopy(network)
         unused += fill(network, weights)
     except (AssertionError, KeyError, RuntimeError, ValueError) as error:
         lacking = "lacking " if isinstance(error, KeyError) else ""
         reason = " ".join(str(error).split())[:300]
         raise Failure(f"{path} does not fit a network that is known here: {lacking}{reason}")
+    if assumed and not ours:
+        say(f"{path}: assuming {assumed}")
     if unused:
         parts = sorted({name.split(".")[0] for name in unused})
         say(f"{path}: not used: {', '.join(parts)}")
@@ -474,22 +482,27 @@ def load_backbone(path, image_size=None, arch=None, stem_padding=1, heads=None, 
 
 def save_features(backbone, sets, image_size, device, path):
     """One .npz: features (N, C), names, labels (-1: none) and classes, in the order of the files."""
-    rows = []
+    features = []
+    labels = []
+    names = []
     for images in sets:
         every = torch.arange(len(images))
         (x,), readable = extract_features(backbone, images, every, image_size, device,
                                           what=images.origin)
-        names = [os.path.join(images.origin, str(name)) for name in images.names]
-        for row in readable.nonzero().flatten().tolist():
-            rows.append((names[row], images.labels[row].item(), x[row].cpu().numpy()))
+        rows = readable.nonzero().flatten().cpu()
+        features.append(x[readable].cpu())
+        labels.append(images.labels[rows])
+        names += [os.path.join(images.origin, str(images.names[row])) for row in rows.tolist()]
+    features = torch.cat(features).numpy()
+    labels = torch.cat(labels).numpy()
+    order = np.arange(len(names))
     if images.items is None:
-        rows.sort(key=lambda row: row[0])
-    names, labels, features = zip(*rows)
+        order = np.argsort(names)
     if rank() == 0:
         with open(path, "wb") as file:
-            np.savez(file, features=np.stack(features), names=names, labels=labels,
-                     classes=np.array(images.classes, str))
-    say(f"{path}: {len(rows):,} images, {len(features[0])} features each")
+            np.savez(file, features=features[order], names=np.array(names)[order],
+                     labels=labels[order], classes=np.array(images.classes, str))
+    say(f"{path}: {len(names):,} images, {features.shape[1]} features each")
 
 
 def save_neighbours(backbone, images, image_size, device, path):

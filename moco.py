@@ -6,25 +6,27 @@ v1: He et al., "Momentum Contrast for Unsupervised Visual Representation Learnin
 Transformers" (2021, arXiv 2104.02057).
 Survey family: contrastive, negatives from a memory. What prevents collapse: the negatives.
 
-One view of an image is the query, the other the key, and a softmax has to find the key among those
-of earlier batches, which wait in a queue: so the number of negatives does not depend on the batch.
-Old and new keys are comparable, for they come from the target, a slow moving average of the online
-network. v2 has a deeper projector and more augmentation; v3 a predictor, both directions, and as
-negatives the other keys of one large batch.
+One view of an image gives the query, the other its key, and a softmax has to find this key among
+the keys of earlier batches, which wait in a queue. So the number of negatives does not depend on
+the batch size. Old and new keys can be compared because the network that makes them, the target,
+changes slowly: it is a moving average of the trained one, the online network. v2 has a deeper
+projector and stronger augmentation. v3 has no queue: the negatives are the other keys of one large
+batch. It adds a predictor, and each view is the query once and the key once.
 
                  ┌─ augment ─ view1 ─ backbone ─ projector ─ (v3: predictor) ─ query ─┐
-                 │                └─ what is kept   │ moving average                  ├─ InfoNCE
-        image ───┤                                  ▼                                 │
+                 │                └─ used after     │ moving average                  ├─ InfoNCE
+        image ───┤                   training       ▼                                 │
                  └─ augment ─ view2 ─ target: backbone ─ projector ────── key ────────┤
-                                                                           └─▶ queue ─┘
-Run      python moco.py                         demonstration (v2): drawn images, CPU, minutes
+                                                                           └─▶ queue ─┘ (v1, v2)
+
+Run      python moco.py                         demonstration: synthetic images, CPU, minutes
          python moco.py --data path             a folder of images, or cifar10
-         python moco.py --version 3 --arch vit_small --data path
+         python moco.py --data path --recipe imagenet-v3-vit
          torchrun --nproc-per-node=8 moco.py --data path
-Reuse    from moco import MoCo, moco_loss, moco_v3_loss, make_vit        (with torchvision)
+         python linear_probe.py --checkpoint runs/moco/backbone.pth --heads 12     for vit_small
+Reuse    from moco import MoCo, MoCoV3, moco_loss, moco_v3_loss, make_vit   (with torchvision)
 """
 
-import argparse
 import copy
 import math
 import os
@@ -40,86 +42,151 @@ from torchvision.models import VisionTransformer
 
 
 class MoCo(nn.Module):
-    """Online network, its moving average, and the queue of keys.
+    """v1 and v2: the online network, the target (its moving average), and the queue of keys.
 
-    backbone: (B, 3, H, W) -> (B, feature_dim). The projector of v1 has one layer, of v2 two.
-    v1, v2: queue_size, in keys; bn_groups, the parts of a batch that BN normalises by themselves:
-    the backbone's BN layers become `GroupBatchNorm`, with the same weights and names. v3:
-    hidden_dim, the width of projector and predictor; vit, whether they are those of the ViT: then
-    the projector has a third layer, and the predictor ends in BN.
+    backbone: (B, 3, H, W) -> (B, feature_dim). Its BN layers are replaced by `GroupBatchNorm`.
+    proj_layers: 1 in v1, 2 in v2. queue_size: in keys. bn_groups: the number of parts of a batch
+    that BN normalises separately.
     """
 
-    def __init__(self, backbone, feature_dim, version=2, proj_dim=128, queue_size=65536,
-                 bn_groups=8, hidden_dim=4096, vit=False):
+    def __init__(self, backbone, feature_dim, proj_layers=2, proj_dim=128, queue_size=65536,
+                 bn_groups=8):
         super().__init__()
-        self.version, self.predictor = version, nn.Identity()
-        if version < 3:
-            projector = make_mlp([feature_dim] * version + [proj_dim])
-            for module in backbone.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.__class__, module.groups = GroupBatchNorm, bn_groups
-            # Noise at first: the loss starts low, rises while keys replace it, then falls.
-            self.register_buffer("queue", F.normalize(torch.randn(queue_size, proj_dim), dim=1))
-            self.register_buffer("queue_ptr", torch.tensor(0))  # the row of the oldest key
-        else:
-            projector = make_mlp([feature_dim] + [hidden_dim] * (1 + vit) + [proj_dim], True, True)
-            self.predictor = make_mlp([proj_dim, hidden_dim, proj_dim], True, vit)
-        self.online = nn.Sequential(backbone, projector)
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        layers = []
+        for _ in range(proj_layers - 1):
+            layers.append(nn.Linear(feature_dim, feature_dim))
+            layers.append(nn.ReLU(inplace=True))
+        layers.append(nn.Linear(feature_dim, proj_dim))
+        self.online = nn.Sequential(backbone, nn.Sequential(*layers))
+        replace_batch_norm(self.online, bn_groups)
+        self.target = without_dropout(copy.deepcopy(self.online)).requires_grad_(False)
+        # The queue starts as noise: the loss starts low, rises while keys replace it, then falls.
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, proj_dim), dim=1))
+        self.register_buffer("queue_ptr", torch.tensor(0))  # index of the oldest key
 
     def forward(self, view1, view2):
-        """Two (B, 3, H, W) -> [(query, key)], of (B, D) and unit rows: the query of view1 and the
-        key of view2. v3 has a second pair, the views exchanged. The target stays in training mode:
-        it, too, normalises by the batch's statistics."""
-        n = 2 if self.version == 3 else 1  # directions
-        queries = [self.predictor(self.online(view)) for view in (view1, view2)[:n]]
+        """Two (B, 3, H, W) -> the query of view1 and the key of view2, (B, D) each, of unit rows.
+        The target stays in training mode: it, too, normalises by the batch's statistics."""
+        query = self.online(view1)
         with torch.no_grad():
-            keys = [self.target(view) for view in (view2, view1)[:n]]
-        return [(F.normalize(q, dim=1), F.normalize(k, dim=1)) for q, k in zip(queries, keys)]
+            key = self.target(view2)
+        return F.normalize(query, dim=1), F.normalize(key, dim=1)
 
     @torch.no_grad()
     def enqueue(self, key):
         """The newest keys (B, D) replace the oldest, in place: call it after the backward pass."""
-        key = key[-len(self.queue) :]
-        rows = (self.queue_ptr + torch.arange(len(key), device=key.device)) % len(self.queue)
-        self.queue.index_copy_(0, rows, key)
-        self.queue_ptr.add_(len(key)).remainder_(len(self.queue))
+        queue_size = len(self.queue)
+        key = key[-queue_size:]
+        rows = (self.queue_ptr + torch.arange(len(key), device=key.device)) % queue_size
+        self.queue[rows] = key
+        self.queue_ptr.copy_((self.queue_ptr + len(key)) % queue_size)
 
 
-def make_mlp(widths, batch_norm=False, last_norm=False):
-    """Linear layers with ReLU between them. batch_norm (v3): without biases, each followed by BN.
-    The last layer has its BN only with last_norm, and then without scale and offset."""
+class MoCoV3(nn.Module):
+    """v3: the online network with a predictor, and the target, the online network's moving average.
+
+    backbone: (B, 3, H, W) -> (B, feature_dim). hidden_dim: width of projector and predictor.
+    The defaults are those for a ResNet. A ViT has proj_layers=3 and pred_last_norm=True: its
+    predictor ends in BN.
+    """
+
+    def __init__(self, backbone, feature_dim, proj_dim=256, hidden_dim=4096, proj_layers=2,
+                 pred_last_norm=False):
+        super().__init__()
+        projector = make_mlp(feature_dim, hidden_dim, proj_dim, proj_layers, last_norm=True)
+        self.online = nn.Sequential(backbone, projector)
+        self.target = without_dropout(copy.deepcopy(self.online)).requires_grad_(False)
+        self.predictor = make_mlp(proj_dim, hidden_dim, proj_dim, 2, last_norm=pred_last_norm)
+
+    def forward(self, view1, view2):
+        """Two (B, 3, H, W) -> queries of both views and keys of both, (B, D) each, of unit rows.
+        query1 is to find key2, and query2 key1. The target stays in training mode, as in v1."""
+        query1 = self.predictor(self.online(view1))
+        query2 = self.predictor(self.online(view2))
+        with torch.no_grad():
+            key1 = self.target(view1)
+            key2 = self.target(view2)
+        return (F.normalize(query1, dim=1), F.normalize(query2, dim=1),
+                F.normalize(key1, dim=1), F.normalize(key2, dim=1))
+
+
+def make_mlp(in_dim, hidden_dim, out_dim, num_layers, last_norm):
+    """v3's MLP: linear layers without bias, each with BN and, except after the last, ReLU. The last
+    BN has neither scale nor offset; without last_norm it is left out."""
     layers = []
-    for i in range(1, len(widths)):
-        last = i == len(widths) - 1
-        layers.append(nn.Linear(widths[i - 1], widths[i], bias=not batch_norm))
-        if batch_norm and (last_norm or not last):
-            layers.append(nn.BatchNorm1d(widths[i], affine=not last))
-        layers += [] if last else [nn.ReLU(inplace=True)]
+    dim = in_dim
+    for _ in range(num_layers - 1):
+        layers.append(nn.Linear(dim, hidden_dim, bias=False))
+        layers.append(nn.BatchNorm1d(hidden_dim))
+        layers.append(nn.ReLU(inplace=True))
+        dim = hidden_dim
+    layers.append(nn.Linear(dim, out_dim, bias=False))
+    if last_norm:
+        layers.append(nn.BatchNorm1d(out_dim, affine=False))
     return nn.Sequential(*layers)
 
 
+def without_dropout(network):
+    """Switch off the network's dropout and stochastic depth, in training mode too: a target that
+    draws at random would differ from itself from one pass to the next."""
+    for module in network.modules():
+        if type(module).__name__.startswith(("Dropout", "StochasticDepth", "DropPath")):
+            module.p = 0.0  # torch's and torchvision's name
+            module.drop_prob = 0.0  # timm's
+    return network
+
+
 class GroupBatchNorm(nn.BatchNorm2d):
-    """BN that normalises `groups` parts of the batch, of at least two images, each by its own
-    statistics, as so many GPUs would; the running statistics follow the parts' mean."""
+    """BN that normalises `groups` parts of the batch separately, as that many GPUs would, each of
+    at least two images. The running statistics follow the mean over the parts.
+
+    norm: the nn.BatchNorm2d whose parameters and buffers it takes over.
+    """
+
+    def __init__(self, norm, groups):
+        super().__init__(norm.num_features, norm.eps, norm.momentum)
+        self.groups = groups
+        self.weight = norm.weight
+        self.bias = norm.bias
+        self.running_mean = norm.running_mean
+        self.running_var = norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+        self.training = norm.training
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        parts = x.tensor_split(max(1, min(self.groups, len(x) // 2)))
-        statistics = self.running_mean.new_zeros(len(parts), 2, x.shape[1])
-        parts = [F.batch_norm(part, mean, var, self.weight, self.bias, True, 1.0, self.eps)
-                 for part, (mean, var) in zip(parts, statistics)]  # momentum 1: writes mean, var
-        both = [self.running_mean, self.running_var]
-        torch._foreach_lerp_(both, list(statistics.mean(0)), self.momentum)
+        groups = max(1, min(self.groups, len(x) // 2))
+        statistics = self.running_mean.new_zeros(groups, 2, x.shape[1])  # means and variances
+        outputs = []
+        for part, (mean, variance) in zip(x.tensor_split(groups), statistics):
+            # With a momentum of 1, batch_norm writes the part's statistics into mean and variance.
+            outputs.append(F.batch_norm(part, mean, variance, self.weight, self.bias,
+                                        training=True, momentum=1.0, eps=self.eps))
+        mean, variance = statistics.mean(0)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
         self.num_batches_tracked.add_(1)
-        return torch.cat(parts)
+        return torch.cat(outputs)
+
+
+def replace_batch_norm(network, groups):
+    """Replace each nn.BatchNorm2d in the network by a GroupBatchNorm of the same name and weights.
+    ValueError: the network has another kind of BN, which would normalise the batch as a whole."""
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if type(child) in (nn.BatchNorm2d, GroupBatchNorm):
+                setattr(parent, name, GroupBatchNorm(child, groups))
+            elif isinstance(child, nn.modules.batchnorm._BatchNorm):
+                raise ValueError(f"layer {name} is a {type(child).__name__}: MoCo v1 and v2 can "
+                                 "split only nn.BatchNorm2d into groups")
 
 
 def shuffle_rows(view2):
-    """Shuffled BN (v1, v2): this process's rows of the total batch in random order, and the order.
-    Otherwise a query and its key would be normalised among the same neighbours, and could be
-    matched by them, whatever the images show: 4 points of kNN in the official CIFAR-10 notebook."""
+    """Shuffled BN (v1, v2): put the total batch in random order -> this process's rows of it, and
+    the order. Otherwise a query and its key would be normalised with the same other images, and the
+    network could match them by these statistics, whatever the images show. Shuffling is worth 4
+    points of kNN in the official CIFAR-10 notebook."""
     from common import gather, rank, world_size
 
     view2 = gather(view2)
@@ -132,14 +199,16 @@ def average_statistics(model):
     """Running BN statistics ← their mean over the processes, each of which has its own groups."""
     from common import all_sum, world_size
 
-    if statistics := [b for name, b in model.named_buffers() if "running_" in name]:
-        mean = all_sum(torch.cat(statistics)) / world_size()
-        torch._foreach_copy_(statistics, mean.split([len(s) for s in statistics]))
+    statistics = [buffer for name, buffer in model.named_buffers() if "running_" in name]
+    if world_size() == 1 or not statistics:
+        return
+    mean = all_sum(torch.cat(statistics)) / world_size()  # one message for all layers
+    torch._foreach_copy_(statistics, mean.split([len(buffer) for buffer in statistics]))
 
 
 def positions(dim, grid):
-    """Sines and cosines of the places of grid² patches, row by row, after zeros for the class
-    token: (1, 1 + grid², dim).
+    """Fixed 2-D sine-cosine position embeddings of grid² patches, row by row, after zeros for the
+    class token: (1, 1 + grid², dim).
 
     A quarter of the dimensions each: sin xω, cos xω, sin yω, cos yω, ω from 1 to almost 1 / 10000.
     x, the column, comes first, as in MAE's official code; in MoCo v3's, by torch.meshgrid, the row.
@@ -151,24 +220,41 @@ def positions(dim, grid):
     return F.pad(places, (0, 0, 1, 0))[None].float()
 
 
-VITS = {"vit_micro": (128, 4, 2), "vit_small": (384, 12, 12), "vit_base": (768, 12, 12)}
+VITS = {  # width, layers, heads
+    "vit_micro": (128, 4, 2),
+    "vit_small": (384, 12, 12),
+    "vit_base": (768, 12, 12),
+}
+
+
+def choose_patch_size(image_size):
+    return 16 if image_size > 64 else 4
 
 
 def make_vit(arch, image_size):
-    """torchvision's ViT, (B, 3, S, S) -> its class token (B, feature_dim), with fixed positions and
-    a patch projection that stays random, v3's remedy for unstable training. From the official code:
-    the 12 heads of the small one, and Xavier's bounds, for q, k and v each."""
-    patch_size, (dim, depth, num_heads) = 16 if image_size > 64 else 4, VITS[arch]
+    """torchvision's ViT, (B, 3, S, S) -> its class token (B, feature_dim), with fixed position
+    embeddings and a patch projection that stays random, v3's remedy for unstable training.
+
+    As in the official code, vit_small has 12 heads, and q, k and v have Xavier's bounds each.
+    """
+    dim, depth, num_heads = VITS[arch]
+    patch_size = choose_patch_size(image_size)
     vit = VisionTransformer(image_size, patch_size, depth, num_heads, dim, 4 * dim)
-    vit.heads, vit.feature_dim = nn.Identity(), dim
+    vit.heads = nn.Identity()
+    vit.feature_dim = dim
     for name, parameter in vit.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
-        elif parameter.dim() in (2, 4):  # the patch projection, too, as the matrix it is
-            for matrix in parameter.detach().chunk(3 if "in_proj" in name else 1):
-                nn.init.xavier_uniform_(matrix.flatten(1))
+        elif name.endswith("in_proj_weight"):
+            for matrix in parameter.detach().chunk(3):  # of q, k and v
+                nn.init.xavier_uniform_(matrix)
+        elif parameter.dim() == 2:
+            nn.init.xavier_uniform_(parameter)
+        elif parameter.dim() == 4:  # the patch projection, as the matrix that it is
+            nn.init.xavier_uniform_(parameter.detach().flatten(1))
     nn.init.normal_(vit.class_token, std=1e-6)
-    vit.encoder.pos_embedding = nn.Parameter(positions(dim, image_size // patch_size), False)
+    embeddings = positions(dim, image_size // patch_size)
+    vit.encoder.pos_embedding = nn.Parameter(embeddings, requires_grad=False)
     vit.conv_proj.requires_grad_(False)
     return vit
 
@@ -204,11 +290,12 @@ def moco_v3_loss(query, key, temperature):
 
 
 @torch.no_grad()
-def positive_found(query, key, queue):
-    """Health: the fraction of queries whose own key is the most similar of the batch's and the
-    queue's. High while the queue is noise, lower while keys fill it, then rising, and well above
-    1 / (B + Q), the chance level: (B, D), (B, D), (Q, D) -> scalar."""
-    nearest = (query @ torch.cat([key, queue]).T).argmax(1)
+def positive_found(query, key, queue=None):
+    """Health: how often a query's own key is the most similar of all keys of the batch and the
+    queue. It is high while the queue is noise, falls while keys fill it, and should then rise well
+    above 1 / (B + Q), the chance level: (B, D), (B, D), (Q, D) or None -> scalar."""
+    keys = key if queue is None else torch.cat([key, queue])
+    nearest = (query @ keys.T).argmax(1)
     return (nearest == torch.arange(len(query), device=query.device)).float().mean()
 
 
@@ -216,9 +303,9 @@ def positive_found(query, key, queue):
 
 
 def augment(images, aspect, version, image_size, crop_scale, blur, solarize):
-    """The papers' augmentations: uint8 images (B, 3, S, S), squeezed to squares from
-    width / height = aspect (B,) -> views (B, 3, image_size, image_size). In v3 the two views differ
-    in the fractions that are blurred and solarised: whose bright pixels are inverted."""
+    """The papers' augmentations: uint8 images (B, 3, S, S), resized to squares, and aspect (B,),
+    their original width / height -> views (B, 3, image_size, image_size). In v3 the two views
+    differ in the fractions that are blurred and solarised (bright pixels inverted)."""
     from common import (color_jitter, gaussian_blur, normalize, random_grayscale,
                         random_horizontal_flip, random_resized_crop, random_solarize)
 
@@ -226,8 +313,11 @@ def augment(images, aspect, version, image_size, crop_scale, blur, solarize):
     if version == 1:
         x = random_grayscale(x, p=0.2)
         x = color_jitter(x, 0.4, 0.4, 0.4, 0.4, p=1.0)
+    elif version == 2:
+        x = color_jitter(x, 0.4, 0.4, 0.4, 0.1, p=0.8)
+        x = random_grayscale(x, p=0.2)
     else:
-        x = color_jitter(x, 0.4, 0.4, 0.4 if version == 2 else 0.2, 0.1, p=0.8)
+        x = color_jitter(x, 0.4, 0.4, 0.2, 0.1, p=0.8)
         x = random_grayscale(x, p=0.2)
     x = gaussian_blur(x, p=blur, sigma=(0.1, 2.0))
     x = random_solarize(x, p=solarize)
@@ -239,11 +329,12 @@ def augment(images, aspect, version, image_size, crop_scale, blur, solarize):
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum, and a rate for each tensor (You et al., 1708.03888), as in SimCLR's code:
+    """SGD with momentum and a learning rate for each tensor (You et al., 1708.03888):
 
         g ← g + weight_decay · w;   v ← momentum · v + η · |w| / |g| · g;   w ← w - lr · v
 
-    A parameter group with adapt=False is updated by plain SGD with momentum.
+    lr multiplies v after the momentum update, as in Barlow Twins' official code; in SimCLR's it
+    multiplies the gradient before. A parameter group with adapt=False gets plain SGD with momentum.
     """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.9, eta=0.001, adapt=True):
@@ -251,13 +342,18 @@ class LARS(torch.optim.Optimizer):
                                       adapt=adapt))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            grads = torch._foreach_add([p.grad for p in params], params,
-                                       alpha=group["weight_decay"])
+            # torch._foreach_*: a few kernels for all tensors, instead of a few for each
+            grads = [p.grad for p in params]
+            grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
             if group["adapt"]:
                 w_norm = torch.stack(torch._foreach_norm(params))
                 g_norm = torch.stack(torch._foreach_norm(grads))
@@ -270,14 +366,15 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, grads)
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
+        return loss
 
 
-def cosine(step, total_steps, warmup_steps, peak, end=0.0):
-    """Rises linearly to `peak` over the warm-up, then moves to `end` on half a cosine."""
+def cosine_schedule(step, total_steps, warmup_steps, peak, end=0.0):
+    """Rises linearly to `peak` over the warm-up, then falls to `end` on half a cosine."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    t = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (peak - end) * (1 + math.cos(math.pi * t)) / 2
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return end + (peak - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @torch.no_grad()
@@ -288,10 +385,12 @@ def ema_update(target, online, ema_momentum):
 
 
 def make_optimizer(name, model, weight_decay):
-    """As in the official code, LARS neither decays nor adapts biases and BN; others decay all."""
+    """As in the official code: LARS neither decays nor adapts biases and BN; the others decay all
+    parameters."""
     params = [p for p in model.parameters() if p.requires_grad]
     if name == "lars":
-        weights, others = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
+        weights = [p for p in params if p.ndim > 1]
+        others = [p for p in params if p.ndim <= 1]
         groups = [{"params": weights}, {"params": others, "weight_decay": 0.0, "adapt": False}]
         return LARS(groups, lr=0.0, weight_decay=weight_decay)
     if name == "adamw":
@@ -300,168 +399,185 @@ def make_optimizer(name, model, weight_decay):
 
 
 def train(args):
-    """Algorithm 1 of v1 (v1, v2) or of v3, once per step."""
-    from common import (batch_that_fits, batches, gather, load_checkpoint, load_data, log,
-                        make_backbone, parallel, save_checkpoint, save_views, start, world_size,
-                        write_log)
-    from linear_probe import evaluate, load_init
+    """Algorithm 1 of v1 (for v1 and v2) or of v3, once per step."""
+    # Imported here, so that this file alone, copied elsewhere, can be imported without them.
+    from common import (SAVE_SECONDS, autocast, batch_that_fits, batches, gather, load_checkpoint,
+                        load_data, log, log_knn, make_backbone, open_run, parallel, save_checkpoint,
+                        save_views, start, warmup_that_fits, world_size, write_log)
+    from linear_probe import evaluate, load_backbone, quick_knn
 
-    device = start(args.device, args.seed, args.deterministic)
-    train_set, test_set = load_data(args.data, args.image_size, args.max_images, args.workers,
-                                    device)
-    args.batch_size = batch_that_fits(args, train_set)  # over all processes
+    device = start(args.device, args.seed)
+    train_set, test_set = load_data(args, device)
+    args.batch_size = batch_that_fits(args.batch_size, train_set)  # over all processes
     steps_per_epoch = len(train_set) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
-    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
+    warmup_steps = warmup_that_fits(round(args.warmup_epochs * steps_per_epoch), total_steps)
     peak_lr = args.lr * args.batch_size / 256
 
-    v3, vit = args.version == 3, args.arch in VITS
-    backbone = (make_vit(args.arch, args.image_size) if vit else
-                make_backbone(args.arch, args.image_size, zero_init_residual=v3))
+    is_vit = args.arch in VITS
+    if is_vit:
+        backbone = make_vit(args.arch, args.image_size)
+    else:
+        backbone = make_backbone(args.arch, args.image_size, zero_init_residual=args.version == 3)
     untrained = copy.deepcopy(backbone)  # the report's baseline
-    load_init(backbone, args.init)
-    model = MoCo(backbone, backbone.feature_dim, args.version, args.proj_dim, args.queue_size,
-                 args.bn_groups // world_size(), args.hidden_dim, vit)
+    if args.init:
+        load_backbone(args.init, network=backbone)
+    if args.version < 3:
+        model = MoCo(backbone, backbone.feature_dim, proj_layers=1 if args.version == 1 else 2,
+                     proj_dim=args.proj_dim, queue_size=args.queue_size,
+                     bn_groups=args.bn_groups // world_size())
+        last_ema_momentum = args.ema_momentum  # constant
+        chance = math.log(1 + args.queue_size)
+    else:
+        model = MoCoV3(backbone, backbone.feature_dim, args.proj_dim, args.hidden_dim,
+                       proj_layers=3 if is_vit else 2, pred_last_norm=is_vit)
+        last_ema_momentum = 1.0
+        chance = 2 * 2 * args.temperature * math.log(args.batch_size)  # two directions
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
     view = partial(augment, version=args.version, image_size=args.image_size,
                    crop_scale=args.crop_scale)
     augment1 = partial(view, blur=args.blur1, solarize=0.0)
     augment2 = partial(view, blur=args.blur2, solarize=args.solarize2)
-    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
-    network = parallel(model, args.compile, sync_bn=v3)  # DistributedDataParallel, if of several
+
+    open_run(args)
+    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or the step to resume from
+    # DDP when there are several processes, and SyncBN in v3, which has no groups
+    network = parallel(model, args.compile, sync_bn=args.version == 3)
     save_views(args, train_set, device, augment1, augment2)
-    saved_at = save_checkpoint(args, step, train_set, model, optimizer, backbone)
-    started = step, time.monotonic()  # for the speed and the time left
-    chance, ema_end = ((2 * 2 * args.temperature * math.log(args.batch_size), 1.0) if v3 else
-                       (math.log(1 + args.queue_size), args.ema_momentum))
+    untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
+                              calibrate=True)
+    first_step = step
+    started = saved_at = time.monotonic()
 
     for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
-        lr = cosine(step, total_steps, warmup_steps, peak_lr)
+        lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        ema_momentum = cosine(step, total_steps, 0, args.ema_momentum, ema_end)
-        view1, view2 = augment1(images, aspect), augment2(images, aspect)
-        if not v3:
+        ema_momentum = cosine_schedule(step, total_steps, 0, args.ema_momentum, last_ema_momentum)
+        view1 = augment1(images, aspect)
+        view2 = augment2(images, aspect)
+        if args.version < 3:
             view2, order = shuffle_rows(view2)
-        ema_update(model.target, model.online, ema_momentum)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            pairs = network(view1, view2)
-        pairs = [(gather(query.float()), gather(key.float())) for query, key in pairs]
-        query, key = pairs[0]
-        if v3:
-            loss = sum(moco_v3_loss(query, key, args.temperature) for query, key in pairs)
-        else:
-            key = key[order.argsort()]  # in the queries' order
+            ema_update(model.target, model.online, ema_momentum)
+            with autocast(device):
+                query, key = network(view1, view2)
+            query = gather(query.float())
+            key = gather(key.float())[order.argsort()]  # in the order of the queries
             loss = moco_loss(query, key, model.queue, args.temperature)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        found = positive_found(query, key, key[:0] if v3 else model.queue)
-        if not v3:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found = positive_found(query, key, model.queue)
             model.enqueue(key)
             average_statistics(model)
+        else:
+            ema_update(model.target, model.online, ema_momentum)
+            with autocast(device):
+                query1, query2, key1, key2 = network(view1, view2)
+            query1 = gather(query1.float())
+            query2 = gather(query2.float())
+            key1 = gather(key1.float())  # negatives from all processes
+            key2 = gather(key2.float())
+            loss = (moco_v3_loss(query1, key2, args.temperature)
+                    + moco_v3_loss(query2, key1, args.temperature))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found = positive_found(query1, key2)
 
-        done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
+        done = step + 1
+        epoch_ends = done % steps_per_epoch == 0
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
-            log(args, done, total_steps, started, lr, loss, chance, positive_found=found)
-        if epoch_ends or time.monotonic() - saved_at > 600:
-            saved_at = save_checkpoint(args, done, train_set, model, optimizer, backbone)
+            log(args, done, total_steps, first_step, started, lr, loss, chance,
+                positive_found=found)
+        if epoch_ends:
+            paused = time.monotonic()
+            trained_knn = quick_knn(backbone, train_set, test_set, args.image_size, device)
+            log_knn(args, done, total_steps, trained_knn, untrained_knn)
+            started += time.monotonic() - paused  # images/s leave the kNN out
+        if time.monotonic() - saved_at > SAVE_SECONDS:
+            save_checkpoint(args, done, train_set, model, optimizer, backbone)
+            saved_at = time.monotonic()
+    save_checkpoint(args, total_steps, train_set, model, optimizer, backbone)
     report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device)
     write_log(args, {"step": total_steps, "report": report})
 
 
-RECIPES = {
-    "recipe":        ("demo",     "cpu",      "cifar",     "imagenet"),
-    "arch":          ("resnet8",  "resnet8",  "resnet18",  "resnet50"),
-    "image_size":    (32,         32,         32,          224),
-    "epochs":        (8,          20,         200,         200),
-    "warmup_epochs": (0.5,        1,          0,           0),
-    "batch_size":    (32,         64,         512,         256),
-    "optimizer":     ("sgd",      "sgd",      "sgd",       "sgd"),
-    "lr":            (0.48,       0.24,       0.03,        0.03),
-    "weight_decay":  (5e-4,       5e-4,       5e-4,        1e-4),
-    "temperature":   (0.1,        0.2,        0.1,         0.2),
-    "ema_momentum":  (0.9,        0.99,       0.99,        0.999),
-    "queue_size":    (256,        1024,       4096,        65536),
-    "bn_groups":     (2,          2,          8,           8),
-    "hidden_dim":    (256,        256,        4096,        4096),
-    "proj_dim":      (64,         64,         128,         128),
-    "crop_scale":    (0.35,       0.2,        0.08,        0.2),
-    "blur1":         (0.0,        0.0,        0.0,         0.5),
-    "blur2":         (0.0,        0.0,        0.0,         0.5),
-    "solarize2":     (0.0,        0.0,        0.0,         0.0),
-}
-# This is v2. What differs in v1, in v3, and in v3 with a ViT:
-V1 = {"temperature": (0.2, 0.2, 0.1, 0.07), "blur1": (0.0,) * 4, "blur2": (0.0,) * 4}
-V3 = {
-    "epochs":        (5,          20,         200,         100),
-    "warmup_epochs": (0.5,        1,          10,          10),
-    "batch_size":    (64,         64,         512,         512),
-    "optimizer":     ("sgd",      "sgd",      "sgd",       "lars"),
-    "lr":            (0.48,       0.24,       0.12,        0.6),
-    "weight_decay":  (5e-4,       5e-4,       5e-4,        1e-6),
-    "temperature":   (0.2,        0.2,        0.2,         1.0),
-    "ema_momentum":  (0.9,        0.99,       0.99,        0.9987),
-    "proj_dim":      (64,         64,         256,         256),
-    "blur1":         (0.0,        0.0,        0.0,         1.0),
-    "blur2":         (0.0,        0.0,        0.0,         0.1),
-    "solarize2":     (0.0,        0.0,        0.2,         0.2),
-}
-VIT = {
-    "epochs":        (5,          20,         300,         300),
-    "warmup_epochs": (0.5,        1,          40,          40),
-    "optimizer":     ("adamw",    "adamw",    "adamw",     "adamw"),
-    "lr":            (1e-3,       1e-3,       1.5e-4,      1.5e-4),
-    "weight_decay":  (0.1,        0.1,        0.1,         0.1),
-    "temperature":   (0.2,        0.2,        0.2,         0.2),
-    "crop_scale":    (0.35,       0.2,        0.08,        0.08),
-}
-FLAGS = {  # type, lowest, highest, help, the papers' value
-    "version": ((1, 2, 3), None, None, "of MoCo; 3 with a ViT"),
-    "optimizer": (("sgd", "lars", "adamw"), None, None, "optimizer", "sgd, v3 lars, ViT adamw"),
-    "temperature": (float, 1e-3, 100, "softmax temperature, τ", "v1 0.07, v2 0.2, v3 1, ViT 0.2"),
-    "ema_momentum": (float, 0, 1, "weight of the old target, m; v3: rises to 1", "0.999, v3 0.99"),
-    "queue_size": (int, 1, 10**7, "v1, v2: keys in the queue", "65536"),
-    "bn_groups": (int, 1, 10**4, "v1, v2: parts of the total batch, each with BN of its own", "8"),
-    "hidden_dim": (int, 1, 10**5, "v3: width of projector and predictor", "4096"),
-    "proj_dim": (int, 1, 10**5, "length of query and key", "128, v3 256"),
-    "crop_scale": (float, 1e-3, 1, "smallest crop, as a fraction of the image", "0.2, ViT 0.08"),
-    "blur1": (float, 0, 1, "fraction of views 1 that are blurred", "v2 0.5, v3 1"),
-    "blur2": (float, 0, 1, "fraction of views 2 that are blurred", "v2 0.5, v3 0.1"),
-    "solarize2": (float, 0, 1, "fraction of views 2 that are solarised", "v3 0.2"),
+RECIPES = {  # what differs between recipes; every other flag has a single default
+    "recipe": ("demo", "cpu", "cifar", "imagenet", "imagenet-v1", "imagenet-v3", "imagenet-v3-vit"),
+    "arch": ("resnet8", "resnet8", "resnet18", "resnet50", "resnet50", "resnet50", "vit_small"),
+    #                  demo     cpu      cifar    imagenet -v1      -v3       -v3-vit
+    "version":        (2,       2,       2,       2,       1,       3,        3),
+    "image_size":     (32,      32,      32,      224,     224,     224,      224),
+    "epochs":         (8,       20,      200,     200,     200,     100,      300),
+    "warmup_epochs":  (0.5,     1,       0,       0,       0,       10,       40),
+    "batch_size":     (32,      64,      512,     256,     256,     512,      512),
+    "optimizer":      ("sgd",   "sgd",   "sgd",   "sgd",   "sgd",   "lars",   "adamw"),
+    "lr":             (0.48,    0.24,    0.03,    0.03,    0.03,    0.6,      1.5e-4),
+    "weight_decay":   (5e-4,    5e-4,    5e-4,    1e-4,    1e-4,    1e-6,     0.1),
+    "temperature":    (0.1,     0.2,     0.1,     0.2,     0.07,    1.0,      0.2),
+    "ema_momentum":   (0.9,     0.99,    0.99,    0.999,   0.999,   0.9987,   0.9987),
+    "queue_size":     (256,     1024,    4096,    65536,   65536,   65536,    65536),
+    "bn_groups":      (2,       2,       8,       8,       8,       8,        8),
+    "hidden_dim":     (256,     256,     4096,    4096,    4096,    4096,     4096),
+    "proj_dim":       (64,      64,      128,     128,     128,     256,      256),
+    "crop_scale":     (0.35,    0.2,     0.08,    0.2,     0.2,     0.2,      0.08),
+    "blur1":          (0.0,     0.0,     0.0,     0.5,     0.0,     1.0,      1.0),
+    "blur2":          (0.0,     0.0,     0.0,     0.5,     0.0,     0.1,      0.1),
+    "solarize2":      (0.0,     0.0,     0.0,     0.0,     0.0,     0.2,      0.2),
 }
 
 
 def parse_args(argv=None):
-    from common import FLAGS as shared, architecture, parse_flags, wrong_arguments
+    from common import make_parser, parse_with_recipe
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # they choose the table
-    first.error = wrong_arguments
-    first.add_argument("--version", type=int)
-    first.add_argument("-a", "--arch")
-    first = first.parse_known_args(argv)[0]
-    vit = first.arch in VITS
-    version = first.version or 2 + vit
-    recipes = RECIPES | {1: V1, 3: V3 | VIT if vit else V3}.get(version, {})
-    arch = (lambda text: text if text in VITS else architecture(text), None, None,
-            f"{shared['arch'][3]}; of v3 {', '.join(VITS)}")
-    args = parse_flags("moco", __doc__, recipes | {"version": (version,) * 4},
-                       FLAGS | {"arch": arch}, argv)
-    if args.version < 3 and args.bn_groups % int(os.environ.get("WORLD_SIZE", 1)):
-        wrong_arguments(f"--bn-groups {args.bn_groups} is no multiple of the number of processes")
-    if args.arch in VITS and args.image_size % (side := 16 if args.image_size > 64 else 4):
-        wrong_arguments(f"--image-size {args.image_size} is no multiple of the patches' {side}")
+    parser = make_parser("moco", __doc__, RECIPES, VITS)
+    add = parser.add_argument
+    add("--version", type=int, choices=[1, 2, 3], help="of MoCo: model, loss and augmentation; "
+        "other flags stay as the recipe has them")
+    add("--optimizer", choices=["sgd", "lars", "adamw"],
+        help="paper: v1 and v2 sgd, v3 lars, with a ViT adamw")
+    add("--temperature", type=float,
+        help="softmax temperature, τ; paper: v1 0.07, v2 0.2, v3 1, with a ViT 0.2")
+    add("--ema-momentum", type=float,
+        help="weight of the old target, m, which in v3 rises to 1; paper: 0.999, v3 0.99")
+    add("--queue-size", type=int, help="v1, v2: keys in the queue; paper: 65536")
+    add("--bn-groups", type=int,
+        help="v1, v2: parts of the total batch that BN normalises separately; paper: 8 (GPUs)")
+    add("--hidden-dim", type=int, help="v3: width of projector and predictor; paper: 4096")
+    add("--proj-dim", type=int, help="length of query and key; paper: 128, v3 256")
+    add("--crop-scale", type=float,
+        help="smallest crop, fraction of the image's area; paper: 0.2, with a ViT 0.08")
+    add("--blur1", type=float, help="fraction of views 1 that are blurred; paper: v2 0.5, v3 1")
+    add("--blur2", type=float, help="fraction of views 2 that are blurred; paper: v2 0.5, v3 0.1")
+    add("--solarize2", type=float, help="fraction of views 2 that are solarised; paper: v3 0.2")
+    args = parse_with_recipe(parser, RECIPES, argv)
+
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    if args.version < 3 and args.bn_groups % processes != 0:
+        parser.error(f"--bn-groups {args.bn_groups}: no multiple of the {processes} processes")
+    patch_size = choose_patch_size(args.image_size)
+    if args.arch in VITS and args.image_size % patch_size != 0:
+        parser.error(f"--image-size {args.image_size}: no multiple of the patches' {patch_size}")
     return args
 
 
-# Sources. imagenet: the papers and facebookresearch/moco and moco-v3 (v3: batch 4096, EMA 0.99: of
-# as many images, at 512, 0.99^(1/8)). cifar: v1, v2: the former's CIFAR-10 notebook, which mixes
-# v1's projector and v2's jitter; v3: heads, temperature and EMA of solo-learn, SGD, rate and decay
-# of lightly's BYOL. demo: measured on the drawn images (v2). cpu: for real images, not tuned.
-# Departures: the rate falls on a cosine per step (v1: to a tenth at epochs 120 and 160 of 200; v2:
-# per epoch). BN groups are parts of the total batch, whatever the GPUs; their running statistics
-# are averaged (official: the first GPU's). Any batch fits the queue. Blur is Gaussian (not PIL's).
+# ------------------------------------------------------------------------- sources and departures
+
+# Sources. imagenet: the papers and facebookresearch/moco and moco-v3. (v3: batch 4096 and EMA 0.99.
+# At 512 the same number of images gives 0.99^(1/8) = 0.9987.) cifar: the former's CIFAR-10
+# notebook, which mixes v1's projector and v2's jitter. demo: measured on the synthetic images. cpu:
+# not tuned. v3 on 32 pixels: solo-learn has --temperature 0.2 --proj-dim 256 --solarize2 0.2.
+#
+# Departures from the papers: the rate falls on a cosine per step (v1: to a tenth at epochs 120 and
+# 160 of 200; v2: per epoch). BN groups are parts of the total batch, whatever the number of GPUs,
+# and their running statistics are averaged (official: the first GPU's). The queue need not be a
+# multiple of the batch. The target moves at the start of a step, as in the official code; in the
+# papers' algorithms at the end, which is the same, but for v3's schedule. Blur is Gaussian
+# (official: PIL's). Crops are taken from a square canvas of 8/7 of the view's side, so that
+# elongated images lose detail (cut them beforehand). In the official code only: in v3 a residual
+# block's last BN starts at 0.
 
 if __name__ == "__main__":
     from common import main

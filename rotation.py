@@ -9,10 +9,10 @@ shapes. Images without an up-direction (from satellites or microscopes) teach it
 
                              ┌─ turned 0 times ─┐
         image ─── augment ───┼─ turned 1 time  ─┼─ backbone ─ features ─ classifier ─ 0, 1, 2 or 3
-                             ├─ turned 2 times ─┤ (all four in the     └─ what is kept
+                             ├─ turned 2 times ─┤ (all four in the     └─ used after training
                              └─ turned 3 times ─┘  same batch)
 
-Run      python rotation.py                       demonstration: drawn images, CPU, minutes
+Run      python rotation.py                       demonstration: synthetic images, CPU, minutes
          python rotation.py --data path           a folder of images, or cifar10
          torchrun --nproc-per-node=8 rotation.py --data path
 Reuse    from rotation import RotNet, rotate_four, rotation_loss         (needs torch only)
@@ -30,6 +30,17 @@ from torch import nn
 # ---------------------------------------------------------------------------------------- model
 
 
+def rotate_four(images):
+    """The four rotations of each image: (B, 3, S, S) -> (4B, 3, S, S), labels (4B,).
+
+    Label k is k quarter turns counter-clockwise; the first B are the images as they are. Pixels
+    only change places: resampling would leave traces that give the label away.
+    """
+    rotated = torch.cat([torch.rot90(images, k, (2, 3)) for k in range(4)])
+    labels = torch.arange(4, device=images.device).repeat_interleave(len(images))
+    return rotated, labels
+
+
 class RotNet(nn.Module):
     """Backbone and a linear classifier of the four rotations.
 
@@ -42,19 +53,9 @@ class RotNet(nn.Module):
         self.classifier = nn.Linear(feature_dim, 4)
 
     def forward(self, rotated):
-        """(4B, 3, S, S) -> logits (4B, 4). All rotations in one pass: they share BN statistics,
-        which could otherwise give them away."""
+        """(4B, 3, S, S) -> logits (4B, 4). One pass over all four rotations, so that they share BN
+        statistics, which could otherwise give them away."""
         return self.classifier(self.backbone(rotated))
-
-
-def rotate_four(images):
-    """The four rotations of every image: (B, 3, S, S) -> (4B, 3, S, S), labels (4B,).
-
-    Label k is k quarter turns counter-clockwise; the first B are the images as they are. Pixels
-    only change places: resampling would leave traces from which the label could be read.
-    """
-    rotated = torch.cat([torch.rot90(images, k, (2, 3)) for k in range(4)])
-    return rotated, torch.arange(4, device=images.device).repeat_interleave(len(images))
 
 
 # ----------------------------------------------------------------------------------------- loss
@@ -66,7 +67,7 @@ def rotation_loss(logits, labels):
         L = -1/N Σ_i 1/K Σ_y log F^y(g(X_i | y))
 
     where g(X | y) is the image X turned y times, F^y the probability that the network gives to
-    rotation y, and K = 4. Chance level: ln 4.
+    rotation y, N = B the number of images, and K = 4. Chance level: ln 4.
     """
     return F.cross_entropy(logits, labels)
 
@@ -74,8 +75,8 @@ def rotation_loss(logits, labels):
 @torch.no_grad()
 def solved(logits, labels):
     """Health: the fraction of rows in which the label has the highest logit. Rising, and above the
-    chance level, 1 / K; if it is near 1 within the first epochs, there is a shortcut that needs no
-    features of objects: (B, K), (B,) -> scalar."""
+    chance level, 1 / K. Near 1 within the first epochs, it shows a shortcut: a solution that needs
+    no features of objects. (B, K), (B,) -> scalar."""
     return (logits.argmax(1) == labels).float().mean()
 
 
@@ -83,23 +84,36 @@ def solved(logits, labels):
 
 
 def augment(images, aspect, image_size, crop, invert):
-    """uint8 images (B, 3, S, S), squeezed to squares from width / height = aspect (B,) -> views
-    (B, 3, image_size, image_size), which are rotated afterwards.
+    """uint8 images (B, 3, S, S), resized to squares, and aspect (B,), their original width / height
+    -> views (B, 3, image_size, image_size), which are rotated afterwards.
 
-    crop: "shift", the authors' augmentation of CIFAR, or "resized", theirs of ImageNet. invert: the
-    fraction of views made negatives (not in the paper). The light on the drawn images falls from
-    above; its direction alone would tell the rotation, were it not reversed in half of the views.
+    crop: "shift" as in the authors' code for CIFAR, or "resized" as in theirs for ImageNet. invert:
+    the fraction of views that are inverted (not in the paper). In the synthetic images light falls
+    from above. Its direction alone would tell the rotation, if half of the views were not inverted.
     """
-    from common import (central_crop, normalize, random_horizontal_flip, random_resized_crop,
-                        random_solarize)
+    from common import normalize, random_horizontal_flip, random_resized_crop, random_solarize
 
     if crop == "shift":
-        x = random_shift(central_crop(images, aspect, image_size), padding=4)
+        x = central_square(images, aspect, image_size)
+        x = random_shift(x, padding=4)
     else:
         x = random_resized_crop(images, aspect, image_size, scale=(0.08, 1.0))
     x = random_horizontal_flip(x, p=0.5)
     x = random_solarize(x, p=invert, threshold=0.0)  # from 0 on, every value is inverted
     return normalize(x)
+
+
+def central_square(images, aspect, size):
+    """The largest square in the middle of the original image: (B, 3, S, S) uint8, (B,) ->
+    (B, 3, size, size) in [0, 1]."""
+    from common import resized_crop
+
+    canvas = images.shape[3]
+    height = canvas * aspect.clamp(max=1)
+    width = canvas * (1 / aspect).clamp(max=1)
+    sides = torch.stack([height, width], 1)
+    corner = (canvas - sides) / 2
+    return resized_crop(images, torch.cat([corner, sides], 1), size)
 
 
 def random_shift(x, padding, offsets=None):
@@ -113,8 +127,10 @@ def random_shift(x, padding, offsets=None):
 
     if offsets is None:
         offsets = uniform(len(x), 2, device=x.device, high=2 * padding + 1).long()
+    height, width = x.shape[2:]
+    padded = F.pad(x, [padding] * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, tops, lefts, H, W), a view
     top, left = offsets.unbind(1)
-    windows = F.pad(x, [padding] * 4).unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)
     return windows[torch.arange(len(x), device=x.device), :, top, left]
 
 
@@ -125,7 +141,10 @@ def stepwise(step, total_steps, warmup_steps, peak, drops, factor):
     """Rises linearly to `peak` over the warm-up, then is constant, except that it is multiplied by
     `factor` at each of the `drops`: fractions of the training, from 0 to 1."""
     passed = sum(step >= round(drop * total_steps) for drop in drops)
-    return peak * factor**passed * min((step + 1) / max(warmup_steps, 1), 1)
+    lr = peak * factor**passed
+    if step < warmup_steps:
+        lr *= (step + 1) / warmup_steps
+    return lr
 
 
 def make_optimizer(model, weight_decay):
@@ -134,63 +153,83 @@ def make_optimizer(model, weight_decay):
                            weight_decay=weight_decay)
 
 
+def save_rotations(args, images, device, view):
+    """views.png: some images as they are, and a view of each in its four rotations."""
+    from common import denormalize, examples, rank, save_picture
+
+    if rank() == 0:
+        pixels, aspect = examples(images, device)
+        rotated, _ = rotate_four(denormalize(view(pixels, aspect)))
+        save_picture(f"{args.out}/views.png", pixels / 255, *rotated.chunk(4))
+
+
 def train(args):
     """The four rotations of each image of a batch, once per step."""
-    from common import (batch_that_fits, batches, denormalize, examples, load_checkpoint, load_data,
-                        log, make_backbone, parallel, rank, save_checkpoint, save_picture, start,
-                        write_log)
-    from linear_probe import evaluate, load_init
+    # Imported here, so that this file alone, copied elsewhere, can be imported without them.
+    from common import (SAVE_SECONDS, autocast, batch_that_fits, batches, load_checkpoint,
+                        load_data, log, log_knn, make_backbone, open_run, parallel, save_checkpoint,
+                        start, warmup_that_fits, write_log)
+    from linear_probe import evaluate, load_backbone, quick_knn
 
-    device = start(args.device, args.seed, args.deterministic)
-    train_set, test_set = load_data(args.data, args.image_size, args.max_images, args.workers,
-                                    device)
-    args.batch_size = batch_that_fits(args, train_set)  # over all processes
+    device = start(args.device, args.seed)
+    train_set, test_set = load_data(args, device)
+    args.batch_size = batch_that_fits(args.batch_size, train_set)  # over all processes
     steps_per_epoch = len(train_set) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
-    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
+    warmup_steps = warmup_that_fits(round(args.warmup_epochs * steps_per_epoch), total_steps)
     peak_lr = args.lr * args.batch_size / 256
 
     backbone = make_backbone(args.arch, args.image_size)
     untrained = copy.deepcopy(backbone)  # the report's baseline
-    load_init(backbone, args.init)
+    if args.init:
+        load_backbone(args.init, network=backbone)
     model = RotNet(backbone, backbone.feature_dim)
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, args.weight_decay)
     view = partial(augment, image_size=args.image_size, crop=args.crop, invert=args.invert)
-    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
-    network = parallel(model, args.compile)  # DistributedDataParallel and SyncBN, if of several
-    if rank() == 0:
-        images, aspect = examples(train_set, device)
-        rotated, _ = rotate_four(denormalize(view(images, aspect)))
-        save_picture(f"{args.out}/views.png", images / 255, *rotated.chunk(4))
-    saved_at = save_checkpoint(args, step, train_set, model, optimizer, backbone)
-    started = step, time.monotonic()  # for the speed and the time left
     chance = math.log(4)
+
+    open_run(args)
+    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or the step to resume from
+    network = parallel(model, args.compile)  # DDP and SyncBN when there are several processes
+    save_rotations(args, train_set, device, view)
+    untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
+                              calibrate=True)
+    first_step = step
+    started = saved_at = time.monotonic()
 
     for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
         lr = stepwise(step, total_steps, warmup_steps, peak_lr, args.lr_drops, args.lr_factor)
         for group in optimizer.param_groups:
             group["lr"] = lr
         rotated, rotation = rotate_four(view(images, aspect))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(device):
             logits = network(rotated)
         loss = rotation_loss(logits.float(), rotation)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-        done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
+        done = step + 1
+        epoch_ends = done % steps_per_epoch == 0
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
-            log(args, done, total_steps, started, lr, loss, chance,
+            log(args, done, total_steps, first_step, started, lr, loss, chance,
                 rotations_solved=solved(logits, rotation))
-        if epoch_ends or time.monotonic() - saved_at > 600:
-            saved_at = save_checkpoint(args, done, train_set, model, optimizer, backbone)
+        if epoch_ends:
+            paused = time.monotonic()
+            trained_knn = quick_knn(backbone, train_set, test_set, args.image_size, device)
+            log_knn(args, done, total_steps, trained_knn, untrained_knn)
+            started += time.monotonic() - paused  # images/s leave the kNN out
+        if time.monotonic() - saved_at > SAVE_SECONDS:
+            save_checkpoint(args, done, train_set, model, optimizer, backbone)
+            saved_at = time.monotonic()
+    save_checkpoint(args, total_steps, train_set, model, optimizer, backbone)
     report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device,
                       layers=True)
     write_log(args, {"step": total_steps, "report": report})
 
 
-RECIPES = {
+RECIPES = {  # what differs between recipes; every other flag has a single default
     "recipe":        ("demo",     "cpu",      "cifar",          "imagenet"),
     "arch":          ("resnet8",  "resnet8",  "resnet18",       "resnet50"),
     "image_size":    (32,         32,         32,               224),
@@ -204,31 +243,36 @@ RECIPES = {
     "crop":          ("resized",  "shift",    "shift",          "resized"),
     "invert":        (0.5,        0.0,        0.0,              0.0),
 }
-FLAGS = {  # type, lowest, highest, help, the paper's value
-    "lr_drops": ([float], 0, 1, "fractions of the training at which the rate falls",
-                 "0.3 0.6 0.8 on CIFAR"),
-    "lr_factor": (float, 0, 1, "what the rate is multiplied by when it falls", "0.2, ImageNet 0.1"),
-    "crop": (("shift", "resized"), None, None, "shift: by up to 4 pixels; resized: of random size",
-             "shift on CIFAR, resized on ImageNet"),
-    "invert": (float, 0, 1, "fraction of views made negatives, so that the direction of the light "
-               "does not tell the rotation", "0"),
-}
 
 
 def parse_args(argv=None):
-    from common import parse_flags
+    from common import make_parser, parse_with_recipe
 
-    return parse_flags("rotation", __doc__, RECIPES, FLAGS, argv)
+    parser = make_parser("rotation", __doc__, RECIPES)
+    add = parser.add_argument
+    add("--lr-drops", type=float, nargs="*", help="fractions of the training at which the rate "
+        "falls; paper: 0.3 0.6 0.8 on CIFAR")
+    add("--lr-factor", type=float, help="what the rate is multiplied by when it falls; paper: 0.2, "
+        "0.1 on ImageNet")
+    add("--crop", choices=["shift", "resized"], help="shift: by up to 4 pixels; resized: of random "
+        "size; paper: shift on CIFAR, resized on ImageNet")
+    add("--invert", type=float, help="fraction of views that are inverted, so that the direction "
+        "of the light does not tell the rotation; paper: 0")
+    return parse_with_recipe(parser, RECIPES, argv)
 
+
+# ------------------------------------------------------------------------- sources and departures
 
 # Sources. cifar: gidariss/FeatureLearningRotNet (rate 0.1 for 128 images; falls at epochs 60, 120
 # and 160), with a ResNet. imagenet: mmselfsup's ResNet-50 (rate 0.2 for 128 images; falls at epochs
 # 30 and 50; no Nesterov). The authors' code for AlexNet has 50 epochs of batch 192, rate 0.01, a
-# tenth of it from epochs 15, 30 and 45 on, weight decay 5e-4, no warm-up. demo: measured on drawn
-# images; cpu: not tuned.
+# tenth of it from epochs 15, 30 and 45 on, weight decay 5e-4, no warm-up. demo: measured on the
+# synthetic images. cpu: not tuned.
 #
 # Departures from the paper: ResNets (paper: NIN and AlexNet), with one linear layer on the pooled
-# features; pixels are normalised with ImageNet's mean and std on CIFAR, too.
+# features; pixels are normalised by ImageNet's mean and std on CIFAR, too; crops are taken from a
+# square canvas of 8/7 of the view's side, so that elongated images lose detail (cut them
+# beforehand).
 #
 # The last layers know most about rotations, but middle ones more about objects: the paper takes the
 # features of the second of four blocks. With mmselfsup's ResNet-50, linear probes of the third and

@@ -11,7 +11,7 @@ backbone learns features that the augmentation does not change and that tell ima
                   ┌─ augment ─ view1 ─ backbone ─ features ─ projector ─ z1 ─┐
         image ────┤                       (shared)                           ├─ NT-Xent
                   └─ augment ─ view2 ─ backbone ─ features ─ projector ─ z2 ─┘
-                                                 └─ what is kept
+                                                 └─ used after training
 
 Run      python simclr.py                       demonstration: synthetic images, CPU, minutes
          python simclr.py --data path           a folder of images, or cifar10
@@ -36,7 +36,7 @@ class SimCLR(nn.Module):
 
     backbone: (B, 3, H, W) -> (B, feature_dim). proj_layers: 2 as in SimCLR v1, 3 as in v2.
     As in the official code, each layer is linear without bias, then BN; the last BN has a scale
-    and no offset. (solo-learn's has biases and no BN, lightly's last BN an offset.)
+    and no offset. (solo-learn uses biases and no BN; lightly's last BN has an offset.)
     """
 
     def __init__(self, backbone, feature_dim, proj_dim=128, proj_layers=2):
@@ -78,8 +78,8 @@ def simclr_loss(z1, z2, temperature):
 
 @torch.no_grad()
 def positive_found(z1, z2):
-    """Health: the fraction of views 1 whose positive is the most similar of all views 2. Rising,
-    and well above 1 / B, the chance level: (B, D), (B, D) -> scalar."""
+    """Health: how often a first view's positive is the most similar of all second views. It should
+    rise well above 1 / B, the chance level: (B, D), (B, D) -> scalar."""
     nearest = (z1 @ F.normalize(z2, dim=1).T).argmax(1)
     return (nearest == torch.arange(len(z1), device=z1.device)).float().mean()
 
@@ -88,8 +88,8 @@ def positive_found(z1, z2):
 
 
 def augment(images, aspect, image_size, crop_scale, jitter_strength, blur):
-    """The paper's augmentation (appendix A): uint8 images (B, 3, S, S), squeezed to squares from
-    width / height = aspect (B,) -> views (B, 3, image_size, image_size). Both views are made by it.
+    """The paper's augmentation (appendix A), of both views: uint8 images (B, 3, S, S), resized to
+    squares, and aspect (B,), their original width / height -> views (B, 3, image_size, image_size).
     """
     from common import (color_jitter, gaussian_blur, normalize, random_grayscale,
                         random_horizontal_flip, random_resized_crop)
@@ -108,12 +108,12 @@ def augment(images, aspect, image_size, crop_scale, jitter_strength, blur):
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum, and a rate for each tensor (You et al., 1708.03888):
+    """SGD with momentum and a learning rate for each tensor (You et al., 1708.03888):
 
         g ← g + weight_decay · w;   v ← momentum · v + η · |w| / |g| · g;   w ← w - lr · v
 
-    The rate stands outside the momentum buffer v, as in Barlow Twins' official code; in SimCLR's it
-    stands inside. A parameter group with adapt=False is updated by plain SGD with momentum.
+    lr multiplies v after the momentum update, as in Barlow Twins' official code; in SimCLR's it
+    multiplies the gradient before. A parameter group with adapt=False gets plain SGD with momentum.
     """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.9, eta=0.001, adapt=True):
@@ -130,7 +130,7 @@ class LARS(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            # torch._foreach_*: one kernel for all tensors, where a loop would launch one for each
+            # torch._foreach_*: a few kernels for all tensors, instead of a few for each
             grads = [p.grad for p in params]
             grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
             if group["adapt"]:
@@ -157,7 +157,7 @@ def cosine_schedule(step, total_steps, warmup_steps, peak, end=0.0):
 
 
 def make_optimizer(name, model, weight_decay):
-    """Biases and BN are neither decayed nor adapted."""
+    """Biases and BN get neither weight decay nor LARS's adaptation."""
     weights = [p for p in model.parameters() if p.ndim > 1 and p.requires_grad]
     others = [p for p in model.parameters() if p.ndim <= 1 and p.requires_grad]
     groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
@@ -176,7 +176,6 @@ def train(args):
     from linear_probe import evaluate, load_backbone, quick_knn
 
     device = start(args.device, args.seed)
-    open_run(args)
     train_set, test_set = load_data(args, device)
     args.batch_size = batch_that_fits(args.batch_size, train_set)  # over all processes
     steps_per_epoch = len(train_set) // args.batch_size
@@ -195,7 +194,8 @@ def train(args):
                    jitter_strength=args.jitter_strength, blur=args.blur)
     chance = math.log(2 * args.batch_size - 1) if args.loss == "nt-xent" else None
 
-    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
+    open_run(args)
+    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or the step to resume from
     network = parallel(model, args.compile)  # DDP and SyncBN when there are several processes
     save_views(args, train_set, device, view, view)
     untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
@@ -224,14 +224,13 @@ def train(args):
         done = step + 1
         epoch_ends = done % steps_per_epoch == 0
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
-            seconds = time.monotonic() - started
-            log(args, done, total_steps, done - first_step, seconds, lr, loss, chance,
+            log(args, done, total_steps, first_step, started, lr, loss, chance,
                 positive_found=positive_found(z1, z2))
         if epoch_ends:
             paused = time.monotonic()
             trained_knn = quick_knn(backbone, train_set, test_set, args.image_size, device)
             log_knn(args, done, total_steps, trained_knn, untrained_knn)
-            started += time.monotonic() - paused  # the speed is that of training alone
+            started += time.monotonic() - paused  # images/s leave the kNN out
         if time.monotonic() - saved_at > SAVE_SECONDS:
             save_checkpoint(args, done, train_set, model, optimizer, backbone)
             saved_at = time.monotonic()
@@ -240,7 +239,7 @@ def train(args):
     write_log(args, {"step": total_steps, "report": report})
 
 
-RECIPES = {  # what differs between them; other flags have one default
+RECIPES = {  # what differs between recipes; every other flag has a single default
     "recipe":          ("demo",     "cpu",      "cifar",     "imagenet"),
     "arch":            ("resnet8",  "resnet8",  "resnet18",  "resnet50"),
     "image_size":      (32,         32,         32,          224),
@@ -275,8 +274,9 @@ def parse_args(argv=None):
 
 
 # ----------------------------------------- appendix: the surveys' other contrastive losses
-# (B, D), (B, D) -> scalar, the mean of L_i. s_ij = sim(z_i, z_j) / τ; i is a view 1, j a view 2.
-# With 2B anchors, i is any view, + its other view, k one of the N = 2B - 2 views of other images.
+# Each takes two (B, D) and returns the mean of L_i. s_ij = sim(z_i, z_j) / τ. With B anchors, i is
+# a first view and j a second view. With 2B anchors, i is any view, + the other view of its image,
+# and k runs over the N = 2B - 2 views of other images.
 
 
 def infonce_loss(z1, z2, temperature):
@@ -286,9 +286,13 @@ def infonce_loss(z1, z2, temperature):
 
 
 def nce_loss(z1, z2, temperature):
-    """Binary NCE (as in InstDisc, 1805.01978): are i and j one image, or noise, k = B - 1 of B?
+    """Binary NCE (as in InstDisc, 1805.01978): is the pair (i, j) one image, or one of the
+    k = B - 1 noise pairs?
+
         L_i = -log h_ii - Σ_{j≠i} log(1 - h_ij),   h = exp(s) / (exp(s) + k) = σ(s - ln k)
-    exp(s) stands for p / p_n (there: n p / Z). Chance, s = 0: B ln B - (B - 1) ln(B - 1)."""
+
+    exp(s) stands for p / p_n (in InstDisc: n p / Z). Chance, s = 0: B ln B - (B - 1) ln(B - 1).
+    """
     logits = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T / temperature
     logits = logits - math.log(len(z1) - 1)
     labels = torch.eye(len(z1), dtype=logits.dtype, device=z1.device)
@@ -300,26 +304,34 @@ def positives_and_negatives(z1, z2, temperature):
     z = F.normalize(torch.cat([z1, z2]), dim=1)
     logits = z @ z.T / temperature
     positives = logits.diagonal(len(z1)).repeat(2)
-    # Seen from view i, the others are i + 1, i + 2, ... modulo 2B, and i + B is of the same image.
-    steps = torch.arange(1, len(z), device=z.device)
-    steps = torch.cat([steps[: len(z1) - 1], steps[len(z1) :]])
-    others = (torch.arange(len(z), device=z.device)[:, None] + steps) % len(z)
-    return positives, logits.gather(1, others)
+    # The negatives of row i are columns i + 1, i + 2, ... (mod 2B), without i + B, its positive.
+    offsets = torch.arange(1, len(z), device=z.device)
+    offsets = torch.cat([offsets[: len(z1) - 1], offsets[len(z1) :]])
+    columns = (torch.arange(len(z), device=z.device)[:, None] + offsets) % len(z)
+    return positives, logits.gather(1, columns)
 
 
 def flatnce_loss(z1, z2, temperature):
-    """FlatNCE (2107.01152), 2B anchors: L_i = exp(v_i - sg(v_i)), v_i = log Σ_k exp(s_ik - s_i+).
-    Always 1, with the gradient of v: NT-Xent's divided by 1 - p, where p is the positive's softmax.
-    As p nears 1 in an easy batch, NT-Xent's is tiny, and at last only rounding error."""
+    """FlatNCE (2107.01152), 2B anchors:
+
+        L_i = exp(v_i - sg(v_i)),   v_i = log Σ_k exp(s_ik - s_i+)
+
+    Its value is always 1, its gradient that of v: NT-Xent's divided by 1 - p, where p is the
+    positive's softmax. Where p is near 1, NT-Xent's gradient is tiny, and at last rounding error.
+    """
     positives, negatives = positives_and_negatives(z1, z2, temperature)
     v = (negatives - positives[:, None]).logsumexp(1)
     return (v - v.detach()).exp().mean()
 
 
 def debiased_loss(z1, z2, temperature, positive_prior=0.1):
-    """Debiased (2007.00224), 2B anchors: L_i = -log exp(s_i+) / (exp(s_i+) + N g_i),
+    """Debiased (2007.00224), 2B anchors:
+
+        L_i = -log exp(s_i+) / (exp(s_i+) + N g_i)
         g_i = max((Σ_k exp(s_ik) / N - τ+ exp(s_i+)) / (1 - τ+), exp(-1/τ))
-    τ+, positive_prior, is how often a negative is of i's class. Chance: ln(2B - 1)."""
+
+    τ+, positive_prior, is how often a negative is of i's class. Chance: ln(2B - 1).
+    """
     return hard_negative_loss(z1, z2, temperature, positive_prior, concentration=0.0)
 
 
@@ -327,11 +339,13 @@ def hard_negative_loss(z1, z2, temperature, positive_prior=0.1, concentration=1.
     """Hard negatives (2010.04592): debiased_loss, but in its mean over k exp(s_ik) has a weight
     ∝ exp(β s_ik), differentiated too. Concentration β = 0: debiased_loss; τ+ = 0 too: NT-Xent."""
     positives, negatives = positives_and_negatives(z1, z2, temperature)
+    # log g = log mean + log(1 - τ+ · positive / mean) - log(1 - τ+), at least -1/τ: all in
+    # logarithms, as exp(1/τ) may overflow
     log_mean = ((concentration * negatives).log_softmax(1) + negatives).logsumexp(1)
     log_share = positives - log_mean + math.log(max(positive_prior, 1e-300))  # false negatives
     log_share = log_share.clamp(max=-torch.finfo(z1.dtype).tiny)  # 1 and above: the floor's case
     log_g = log_mean + (-torch.expm1(log_share)).log() - math.log(1 - positive_prior)
-    log_g = log_g.clamp(min=-1 / temperature)  # all in logarithms, as exp(1/τ) may overflow
+    log_g = log_g.clamp(min=-1 / temperature)
     return -F.logsigmoid(positives - log_g - math.log(negatives.shape[1])).mean()
 
 

@@ -5,20 +5,20 @@ arXiv 2006.09882). Survey family: clustering, with assignments computed in each 
 collapse: Sinkhorn-Knopp, which gives each cluster an equal share of the images.
 
 Each image is cropped into two large and several small views (multi-crop), and each view is compared
-with K prototypes, the learned centres of the clusters. Sinkhorn-Knopp turns the scores of the large
-views into codes: probabilities of the clusters, balanced so that over the batch all clusters are
-equally likely. Every other view of the image then learns to predict a large view's code.
+with K prototypes, the learned centers of the clusters. Sinkhorn-Knopp turns the scores of the large
+views into codes: soft assignments to the clusters, balanced so that over the batch all clusters are
+used equally. Every other view of the image then learns to predict a large view's code.
 
               ┌─ large view s ─ backbone ─ projector ─ z_s ─ scores ─ Sinkhorn ─ code q_s ─┐
         image ┤                 (shared)   (shared)           (prototypes)  no gradient    ├─ loss
               ├─ large view t ─ backbone ─ projector ─ z_t ─ scores ─ softmax ─ p_t ───────┘
               └─ small views   (likewise)  └─ z of unit length     and s, t swapped
-                                 └─ what is kept
+                                 └─ used after training
 
-Run      python swav.py                         demonstration: drawn images, CPU, minutes
+Run      python swav.py                         demonstration: synthetic images, CPU, minutes
          python swav.py --data path             a folder of images, or cifar10
          torchrun --nproc-per-node=8 swav.py --data path
-Reuse    from swav import SwAV, sinkhorn, swav_loss, LARS, cosine       (needs torch only)
+Reuse    from swav import SwAV, sinkhorn, swav_loss, LARS, cosine_schedule    (needs torch only)
 """
 
 import copy
@@ -37,8 +37,9 @@ from torch import nn
 class SwAV(nn.Module):
     """Backbone, projector, prototypes and the queue.
 
-    backbone: (B, 3, H, W) -> (B, feature_dim), for any H and W. queue_size: how many z of past
-    batches are kept for each of the two large views, and clustered with a small batch; 0: none.
+    backbone: (B, 3, H, W) -> (B, feature_dim), for any H and W. queue_size: how many past images
+    are kept, as z of both large views, and clustered together with a small batch; 0: none. The
+    queue begins empty, and is of use only when it is full.
     """
 
     def __init__(self, backbone, feature_dim, proj_dim=128, num_prototypes=3000, queue_size=0):
@@ -47,39 +48,50 @@ class SwAV(nn.Module):
         self.projector = nn.Sequential(
             nn.Linear(feature_dim, feature_dim, bias=False), nn.BatchNorm1d(feature_dim),
             nn.ReLU(inplace=True), nn.Linear(feature_dim, proj_dim))
-        self.prototypes = nn.Linear(proj_dim, num_prototypes, bias=False)  # weight (K, D)
-        self.register_buffer("queue", torch.zeros(2, queue_size, proj_dim))
-        self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))  # where the oldest is
+        self.prototypes = nn.Linear(proj_dim, num_prototypes, bias=False)  # weight: (K, D)
+        self.register_buffer("queue", torch.zeros(2, queue_size, proj_dim))  # 0: empty
+        self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))  # the oldest
 
     def forward(self, views):
-        """V views (B, 3, H, W), those of one size next to each other -> z (V, B, D), of unit
-        length, and scores (V, B, K). As in the authors' code, views of one size share a pass of the
-        backbone, and all views one of the projector: what shares a pass shares BN statistics."""
-        sizes = itertools.groupby(views, key=lambda view: view.shape[-1])
-        features = torch.cat([self.backbone(torch.cat(list(group))) for _, group in sizes])
-        z = F.normalize(self.projector(features), dim=1)
-        return z.unflatten(0, (len(views), -1)), self.prototypes(z).unflatten(0, (len(views), -1))
+        """V views (B, 3, H, W) -> z (V, B, D), of unit length, and scores (V, B, K).
+
+        As in the authors' code, adjacent views of one size go through the backbone together, and
+        all views through the projector together: what shares a pass shares BN statistics.
+        """
+        features = []
+        for _, same_size in itertools.groupby(views, key=lambda view: view.shape[-1]):
+            features.append(self.backbone(torch.cat(list(same_size))))
+        z = F.normalize(self.projector(torch.cat(features)), dim=1)  # (V * B, D)
+        scores = self.prototypes(z)  # cosines, since the prototypes have unit length, too
+        return z.unflatten(0, (len(views), -1)), scores.unflatten(0, (len(views), -1))
 
     @torch.no_grad()
     def normalize_prototypes(self):
-        """To unit length again, so that scores are cosines. Call it before every forward."""
+        """Renormalise the prototypes to unit length. Call it before every forward pass."""
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
 
     @torch.no_grad()
-    def assigning_scores(self, z, with_queue):
-        """z (2, B, D) of the large views -> the scores for Sinkhorn: (2, B, K), or (2, B + Q, K)
-        with the queue. It holds z, not scores, so that the present prototypes score past images."""
-        z = torch.cat([z, self.queue], dim=1) if with_queue else z
+    def scores_for_codes(self, z, use_queue):
+        """z (2, B, D) of the large views -> the scores that Sinkhorn turns into codes: (2, B, K),
+        or with the queue (2, B + Q, K), the batch first.
+
+        Sinkhorn spreads the images evenly over the prototypes, which makes sense only for many
+        images. The queue adds past ones to a small batch. It holds z and not scores, so that past
+        images, too, are compared with the present prototypes.
+        """
+        if use_queue:
+            z = torch.cat([z, self.queue], dim=1)
         return z @ self.prototypes.weight.T
 
     @torch.no_grad()
     def enqueue(self, z):
-        """Put z (2, B, D) of the large views in the place of the oldest in the queue."""
-        size = self.queue.shape[1]
-        z = z[:, -size:]
-        places = (self.queue_ptr + torch.arange(z.shape[1], device=z.device)) % size
-        self.queue.index_copy_(1, places, z)
-        self.queue_ptr.add_(z.shape[1]).remainder_(size)
+        """Replace the oldest entries of the queue by z (2, B, D) of the large views."""
+        queue_size = self.queue.shape[1]
+        z = z[:, -queue_size:]  # the last, if there are more than fit
+        batch_size = z.shape[1]
+        oldest = (self.queue_ptr + torch.arange(batch_size, device=z.device)) % queue_size
+        self.queue[:, oldest] = z
+        self.queue_ptr.copy_((self.queue_ptr + batch_size) % queue_size)
 
 
 # ----------------------------------------------------------------------------------------- loss
@@ -87,43 +99,55 @@ class SwAV(nn.Module):
 
 @torch.no_grad()
 def sinkhorn(scores, epsilon, iterations):
-    """Scores (B, K) of images and prototypes -> codes (B, K), rows sum to 1, no gradient.
+    """Sinkhorn-Knopp: scores (B, K) of images and prototypes -> codes (B, K), whose rows sum to 1,
+    without gradient.
 
-    The codes are B · Q*, equations 3 to 5 of the paper. Q* maximises
+    Codes are soft assignments of images to prototypes that use all prototypes equally, and that fit
+    the scores as well as this allows. With Q = codes / B, they maximise
 
-        Σ_ij Q_ij · scores_ij + ε H(Q),   H the entropy,
+        Σ_ij Q_ij · scores_ij + ε H(Q),   H the entropy, which makes them soft,
 
-    over all Q ≥ 0 whose rows sum to 1 / B (images count alike) and columns to 1 / K (so do
-    prototypes). It is Diag(u) exp(scores / ε) Diag(v), found by dividing columns and rows by their
-    sums in turn (Sinkhorn-Knopp); in logarithms, as exp overflows, each division is a log-softmax.
-    After a few iterations the columns' sums are only nearly equal.
+    over all Q ≥ 0 whose rows sum to 1 / B (every image counts the same) and whose columns sum to
+    1 / K (so does every prototype): equations 3 and 4 of the paper.
+
+    The maximum is exp(scores / ε) with each row and each column multiplied by a factor of its own
+    (equation 5). Sinkhorn-Knopp finds the factors: divide each column by its sum, then each row by
+    its sum, which spoils the columns a little, and repeat. The code works on log Q, since exp would
+    overflow; dividing by a sum is then a log-softmax. It makes the sums 1, not 1 / K and 1 / B: the
+    next division removes constant factors. The rows come last, so that they sum to 1 exactly; the
+    columns' sums are only nearly equal after a few iterations.
     """
-    log_q = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # from half precision
+    log_q = scores / epsilon
     for _ in range(iterations):
-        log_q = log_q.log_softmax(0)  # all prototypes get the same share
+        log_q = log_q.log_softmax(0)  # each prototype gets the same share
         log_q = log_q.log_softmax(1)  # each image's code sums to 1
     return log_q.exp()
 
 
 def swav_loss(scores, codes, temperature):
-    """Swapped prediction: V scores (B, K), the two large views' first, and their 2 codes (B, K)
-    -> scalar.
+    """Swapped prediction: scores of V views, each (B, K), those of the two large views first, and
+    the large views' 2 codes, each (B, K) -> scalar.
 
         l(z_t, q_s) = - Σ_k q_s^k log p_t^k,   p_t = softmax(scores_t / τ)
 
     equation 2 of the paper, averaged over the B images and the 2 (V - 1) pairs of a large view s
     and any other view t (equation 6: summed). Chance level: ln K.
     """
-    log_p = [F.log_softmax(score / temperature, dim=1) for score in scores]
-    swaps = [-(q.detach() * log_p[t]).sum(1).mean()  # codes are targets
-             for s, q in enumerate(codes) for t in range(len(log_p)) if t != s]
-    return torch.stack(swaps).mean()
+    log_p = [F.log_softmax(view_scores / temperature, dim=1) for view_scores in scores]
+    losses = []
+    for s in range(len(codes)):
+        q_s = codes[s].detach()  # stop-gradient: codes are targets
+        for t in range(len(log_p)):
+            if t != s:
+                losses.append(-(q_s * log_p[t]).sum(1).mean())
+    return torch.stack(losses).mean()
 
 
 @torch.no_grad()
 def code_entropy(codes):
     """Health: mean entropy of an image's code, over ln K: (B, K) -> scalar. It should be clearly
-    below 1, and the loss below ln K; if they stay there, the authors advise a smaller --epsilon
+    below 1, and the loss below ln K. If they stay there, the authors advise a smaller --epsilon
     (0.03), more --freeze-epochs, or a later --queue-epoch. (The entropy of the mean code would say
     nothing: Sinkhorn keeps it at ln K.)"""
     return torch.special.entr(codes).sum(1).mean() / math.log(codes.shape[1])
@@ -133,9 +157,10 @@ def code_entropy(codes):
 
 
 def augment(images, aspect, size, crop_scale, jitter_strength, blur):
-    """The paper's augmentation, of large and small views: uint8 images (B, 3, S, S), squeezed to
-    squares from width / height = aspect (B,) -> views (B, 3, size, size). crop_scale: smallest and
-    largest crop, as fractions of the image's area (paper: large 0.14 to 1, small 0.05 to 0.14)."""
+    """The paper's augmentation, of large and small views: uint8 images (B, 3, S, S), resized to
+    squares, and aspect (B,), their original width / height -> views (B, 3, size, size).
+    crop_scale: smallest and largest crop, as fractions of the image's area (paper: large views
+    0.14 to 1, small views 0.05 to 0.14)."""
     from common import (color_jitter, gaussian_blur, normalize, random_grayscale,
                         random_horizontal_flip, random_resized_crop)
 
@@ -152,11 +177,12 @@ def augment(images, aspect, size, crop_scale, jitter_strength, blur):
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum, and a rate for each tensor (You et al., 1708.03888), as in SimCLR's code:
+    """SGD with momentum and a learning rate for each tensor (You et al., 1708.03888):
 
         g ← g + weight_decay · w;   v ← momentum · v + η · |w| / |g| · g;   w ← w - lr · v
 
-    A parameter group with adapt=False is updated by plain SGD with momentum.
+    lr multiplies v after the momentum update, as in Barlow Twins' official code; in SimCLR's it
+    multiplies the gradient before. A parameter group with adapt=False gets plain SGD with momentum.
     """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.9, eta=0.001, adapt=True):
@@ -164,13 +190,18 @@ class LARS(torch.optim.Optimizer):
                                       adapt=adapt))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            grads = torch._foreach_add([p.grad for p in params], params,
-                                       alpha=group["weight_decay"])
+            # torch._foreach_*: a few kernels for all tensors, instead of a few for each
+            grads = [p.grad for p in params]
+            grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
             if group["adapt"]:
                 w_norm = torch.stack(torch._foreach_norm(params))
                 g_norm = torch.stack(torch._foreach_norm(grads))
@@ -183,18 +214,19 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, grads)
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
+        return loss
 
 
-def cosine(step, total_steps, warmup_steps, peak, end=0.0):
-    """Rises linearly to `peak` over the warm-up, then moves to `end` on half a cosine."""
+def cosine_schedule(step, total_steps, warmup_steps, peak, end=0.0):
+    """Rises linearly to `peak` over the warm-up, then falls to `end` on half a cosine."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    t = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (peak - end) * (1 + math.cos(math.pi * t)) / 2
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return end + (peak - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def make_optimizer(name, model, weight_decay):
-    """All parameters alike, as in the authors' code: biases and BN are decayed and adapted, too."""
+    """As in the authors' code, biases and BN are decayed and adapted like all other parameters."""
     if name == "lars":
         return LARS(model.parameters(), lr=0.0, weight_decay=weight_decay)
     return torch.optim.Adam(model.parameters(), lr=0.0, weight_decay=weight_decay)
@@ -202,155 +234,186 @@ def make_optimizer(name, model, weight_decay):
 
 @torch.no_grad()
 def nearest_views(model, views, count=8):
-    """For each of the prototypes that are the nearest of most views (B, 3, H, W), the views that
-    are nearest to it: (rows, columns, 3, H, W), `count` of each where there are as many."""
-    scores = model.eval()([views])[0][0] @ F.normalize(model.prototypes.weight, dim=1).T
-    count = min(count, *scores.shape)
-    popular = (scores == scores.amax(1, keepdim=True)).sum(0).topk(count).indices
-    return views[scores[:, popular].topk(count, dim=0).indices.T]
+    """Views (B, 3, H, W) -> (count, count, 3, H, W): a row for each of the prototypes to which most
+    views are nearest, with the views that are nearest to it, the nearest first. Fewer rows or
+    columns where there are fewer prototypes or views."""
+    model.eval()
+    z, _ = model([views])
+    scores = z[0] @ F.normalize(model.prototypes.weight, dim=1).T  # (B, K)
+    num_views, num_prototypes = scores.shape
+    views_of_each = scores.argmax(1).bincount(minlength=num_prototypes)
+    popular = views_of_each.topk(min(count, num_prototypes)).indices
+    nearest = scores[:, popular].topk(min(count, num_views), dim=0).indices
+    return views[nearest.T]
 
 
 def save_prototypes(args, model, images, device):
-    """prototypes.png: each row shows the images that are nearest to one prototype."""
-    from common import centre_view, denormalize, rank, save_picture
+    """prototypes.png: each row shows the nearest images to one prototype, out of at most 256."""
+    from common import center_view, denormalize, rank, save_picture
 
     if rank() == 0:
-        (some,) = images.load([torch.arange(0, len(images), -(-len(images) // 256))], device)
-        columns = nearest_views(model, centre_view(*some, args.image_size)).unbind(1)
-        save_picture(f"{args.out}/prototypes.png", *map(denormalize, columns))
+        rows = torch.arange(0, len(images), math.ceil(len(images) / 256))
+        pixels, aspect = next(images.load([rows], device, replace=True))
+        nearest = nearest_views(model, center_view(pixels, aspect, args.image_size))
+        columns = [denormalize(views) for views in nearest.unbind(1)]
+        save_picture(f"{args.out}/prototypes.png", *columns)
 
 
 def train(args):
     """The paper's pseudocode, with multi-crop and the queue, once per step."""
-    from common import (batch_that_fits, batches, gather, load_checkpoint, load_data, log,
-                        make_backbone, parallel, rank, save_checkpoint, save_views, start,
-                        write_log)
-    from linear_probe import evaluate, load_init
+    # Imported here, so that this file alone, copied elsewhere, can be imported without them.
+    from common import (SAVE_SECONDS, autocast, batch_that_fits, batches, gather, load_checkpoint,
+                        load_data, log, log_knn, make_backbone, open_run, parallel, rank,
+                        save_checkpoint, save_views, start, warmup_that_fits, write_log)
+    from linear_probe import evaluate, load_backbone, quick_knn
 
-    device = start(args.device, args.seed, args.deterministic)
-    train_set, test_set = load_data(args.data, args.image_size, args.max_images, args.workers,
-                                    device)
-    args.batch_size = batch_that_fits(args, train_set)  # over all processes
+    device = start(args.device, args.seed)
+    train_set, test_set = load_data(args, device)
+    args.batch_size = batch_that_fits(args.batch_size, train_set)  # over all processes
     steps_per_epoch = len(train_set) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
-    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
+    warmup_steps = warmup_that_fits(round(args.warmup_epochs * steps_per_epoch), total_steps)
     frozen_steps = round(args.freeze_epochs * steps_per_epoch)
+    # From step queue_start on, batches enter the queue; from queue_full on, it is full and used.
     queue_start = round(args.queue_epoch * steps_per_epoch)
     queue_full = queue_start + math.ceil(args.queue_size / args.batch_size)
     peak_lr = args.lr * args.batch_size / 256
 
     backbone = make_backbone(args.arch, args.image_size)
     untrained = copy.deepcopy(backbone)  # the report's baseline
-    load_init(backbone, args.init)
+    if args.init:
+        load_backbone(args.init, network=backbone)
     model = SwAV(backbone, backbone.feature_dim, args.proj_dim, args.num_prototypes,
                  args.queue_size)
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
     view = partial(augment, jitter_strength=args.jitter_strength, blur=args.blur)
-    large = partial(view, size=args.image_size, crop_scale=(args.crop_scale, 1.0))
-    small = partial(view, size=args.small_size, crop_scale=(args.small_crop_scale, args.crop_scale))
-    crops = [large] * 2 + [small] * args.small_crops
-    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where the run goes on
-    network = parallel(model, args.compile)  # DistributedDataParallel and SyncBN, if of several
-    save_views(args, train_set, device, *crops)
-    saved_at = save_checkpoint(args, step, train_set, model, optimizer, backbone)
-    started = step, time.monotonic()  # for the speed and the time left
+    large_view = partial(view, size=args.image_size, crop_scale=(args.crop_scale, 1.0))
+    small_view = partial(view, size=args.small_size,
+                         crop_scale=(args.small_crop_scale, args.crop_scale))
+    augments = [large_view] * 2 + [small_view] * args.small_crops
     chance = math.log(args.num_prototypes)
 
+    open_run(args)
+    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or the step to resume from
+    network = parallel(model, args.compile)  # DDP and SyncBN when there are several processes
+    save_views(args, train_set, device, *augments)
+    untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
+                              calibrate=True)
+    first_step = step
+    started = saved_at = time.monotonic()
+
     for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
-        lr = cosine(step, total_steps, warmup_steps, peak_lr, peak_lr / 1000)
+        lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr, end=peak_lr / 1000)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        views = [crop(images, aspect) for crop in crops]
+        views = [make_view(images, aspect) for make_view in augments]
         model.normalize_prototypes()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(device):
             z, scores = network(views)
-        z = torch.stack([gather(v.detach()) for v in z[:2].float()])  # of all processes
-        assigning = model.assigning_scores(z, step >= queue_full)
-        mine = slice(rank() * len(images), (rank() + 1) * len(images))  # images of this process
-        codes = [sinkhorn(s, args.epsilon, args.sinkhorn_iterations)[mine] for s in assigning]
+        z1 = gather(z[0].detach().float())  # Sinkhorn balances the images of all processes
+        z2 = gather(z[1].detach().float())
+        large_z = torch.stack([z1, z2])
+        use_queue = args.queue_size > 0 and step >= queue_full
+        first = rank() * len(images)  # row of this process's first image
+        codes = []
+        for view_scores in model.scores_for_codes(large_z, use_queue):
+            code = sinkhorn(view_scores, args.epsilon, args.sinkhorn_iterations)
+            codes.append(code[first : first + len(images)])
         loss = swav_loss(scores.float(), codes, args.temperature)
         optimizer.zero_grad()
         loss.backward()
         if step < frozen_steps:
-            model.prototypes.weight.grad = None  # at 0, decay and momentum would go on
+            model.prototypes.weight.grad = None  # with 0, decay and momentum would still move them
         optimizer.step()
         if args.queue_size > 0 and step >= queue_start:
-            model.enqueue(z)
+            model.enqueue(large_z)
 
-        done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
+        done = step + 1
+        epoch_ends = done % steps_per_epoch == 0
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
-            log(args, done, total_steps, started, lr, loss, chance,
+            log(args, done, total_steps, first_step, started, lr, loss, chance,
                 code_entropy=code_entropy(torch.cat(codes)))
-        if epoch_ends or time.monotonic() - saved_at > 600:
-            saved_at = save_checkpoint(args, done, train_set, model, optimizer, backbone)
+        if epoch_ends:
+            paused = time.monotonic()
+            trained_knn = quick_knn(backbone, train_set, test_set, args.image_size, device)
+            log_knn(args, done, total_steps, trained_knn, untrained_knn)
+            started += time.monotonic() - paused  # images/s leave the kNN out
+        if time.monotonic() - saved_at > SAVE_SECONDS:
+            save_checkpoint(args, done, train_set, model, optimizer, backbone)
+            saved_at = time.monotonic()
+    save_checkpoint(args, total_steps, train_set, model, optimizer, backbone)
     save_prototypes(args, model, train_set, device)
     report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device)
     write_log(args, {"step": total_steps, "report": report})
 
 
-RECIPES = {
-    "recipe":              ("demo",     "cpu",      "cifar",     "imagenet"),
-    "arch":                ("resnet8",  "resnet8",  "resnet18",  "resnet50"),
-    "image_size":          (32,         32,         32,          224),
-    "epochs":              (8,          20,         200,         200),
-    "warmup_epochs":       (1,          1,          0,           0),
-    "batch_size":          (128,        128,        512,         256),
-    "optimizer":           ("adam",     "adam",     "adam",      "lars"),
-    "lr":                  (5e-3,       3e-3,       2e-3,        0.6),
-    "weight_decay":        (1e-6,       1e-6,       1e-6,        1e-6),
-    "temperature":         (0.1,        0.1,        0.1,         0.1),
-    "epsilon":             (0.02,       0.02,       0.05,        0.05),
-    "sinkhorn_iterations": (3,          3,          3,           3),
-    "num_prototypes":      (256,        256,        512,         3000),
-    "freeze_epochs":       (0,          0,          1,           1),
-    "queue_size":          (0,          0,          0,           3840),
-    "queue_epoch":         (0,          0,          0,           15),
-    "proj_dim":            (64,         64,         128,         128),
-    "small_crops":         (0,          0,          0,           6),
-    "small_size":          (16,         16,         16,          96),
-    "crop_scale":          (0.35,       0.2,        0.14,        0.14),
-    "small_crop_scale":    (0.1,        0.1,        0.05,        0.05),
-    "jitter_strength":     (0.5,        0.5,        0.5,         1.0),
-    "blur":                (0.0,        0.0,        0.0,         0.5),
-}
-FLAGS = {  # type, lowest, highest, help, the paper's value
-    "optimizer": (("lars", "adam"), None, None, "optimizer", "lars"),
-    "temperature": (float, 1e-3, 100, "softmax temperature, τ", "0.1"),
-    "epsilon": (float, 1e-3, 100, "ε of Sinkhorn: the smaller, the sharper the codes", "0.05"),
-    "sinkhorn_iterations": (int, 1, 10**3, "iterations of Sinkhorn-Knopp", "3"),
-    "num_prototypes": (int, 2, 10**6, "prototypes, K", "3000"),
-    "freeze_epochs": (float, 0, 10**6, "epochs in which the prototypes do not learn", "1"),
-    "queue_size": (int, 0, 10**6, "z of past images kept for each large view; 0: none", "3840"),
-    "queue_epoch": (float, 0, 10**6, "epoch from which the queue fills; used when full", "15"),
-    "proj_dim": (int, 1, 10**5, "length of z", "128"),
-    "small_crops": (int, 0, 100, "small views per image", "6"),
-    "small_size": (int, 8, 10**4, "side of a small view, in pixels", "96"),
-    "crop_scale": (float, 1e-3, 1, "smallest large, largest small crop: fraction of area", "0.14"),
-    "small_crop_scale": (float, 1e-3, 1, "smallest small crop: fraction of area", "0.05"),
-    "jitter_strength": (float, 0, 1.25, "strength of the colour jitter, s", "1"),
-    "blur": (float, 0, 1, "fraction of views that are blurred", "0.5"),
+RECIPES = {  # what differs between recipes; every other flag has a single default
+    "recipe":           ("demo",     "cpu",      "cifar",     "imagenet"),
+    "arch":             ("resnet8",  "resnet8",  "resnet18",  "resnet50"),
+    "image_size":       (32,         32,         32,          224),
+    "epochs":           (8,          20,         200,         200),
+    "warmup_epochs":    (1,          1,          0,           0),
+    "batch_size":       (128,        128,        512,         256),
+    "optimizer":        ("adam",     "adam",     "adam",      "lars"),
+    "lr":               (5e-3,       3e-3,       2e-3,        0.6),
+    "epsilon":          (0.02,       0.02,       0.05,        0.05),
+    "num_prototypes":   (256,        256,        512,         3000),
+    "freeze_epochs":    (0,          0,          1,           1),
+    "queue_size":       (0,          0,          0,           3840),
+    "queue_epoch":      (0,          0,          0,           15),
+    "proj_dim":         (64,         64,         128,         128),
+    "small_crops":      (0,          0,          0,           6),
+    "small_size":       (16,         16,         16,          96),
+    "crop_scale":       (0.35,       0.2,        0.14,        0.14),
+    "small_crop_scale": (0.1,        0.1,        0.05,        0.05),
+    "jitter_strength":  (0.5,        0.5,        0.5,         1.0),
+    "blur":             (0.0,        0.0,        0.0,         0.5),
 }
 
 
 def parse_args(argv=None):
-    from common import parse_flags, wrong_arguments
+    from common import make_parser, parse_with_recipe
 
-    args = parse_flags("swav", __doc__, RECIPES, FLAGS, argv)
-    if args.small_crops and args.small_crop_scale > args.crop_scale:
-        wrong_arguments(f"--small-crop-scale {args.small_crop_scale} is above --crop-scale")
-    return args
+    parser = make_parser("swav", __doc__, RECIPES)
+    parser.set_defaults(weight_decay=1e-6)
+    add = parser.add_argument
+    add("--optimizer", choices=["lars", "adam"], help="paper: lars")
+    add("--temperature", type=float, default=0.1, help="softmax temperature, τ; paper: 0.1")
+    add("--epsilon", type=float, help="ε of Sinkhorn: the smaller, the sharper the codes; "
+        "paper: 0.05")
+    add("--sinkhorn-iterations", type=int, default=3, help="iterations of Sinkhorn-Knopp; paper: 3")
+    add("--num-prototypes", type=int, help="prototypes, K; paper: 3000")
+    add("--freeze-epochs", type=float, help="epochs in which the prototypes do not learn; paper: 1")
+    add("--queue-size", type=int, help="past z kept for each large view, 0: none; paper: 3840, "
+        "with a batch of 256")
+    add("--queue-epoch", type=float, help="epoch from which the queue is filled; it is used when "
+        "full; paper: 15")
+    add("--proj-dim", type=int, help="length of z; paper: 128")
+    add("--small-crops", type=int, help="small views per image; paper: 6")
+    add("--small-size", type=int, help="side of a small view, in pixels; paper: 96")
+    add("--crop-scale", type=float, help="smallest large and largest small crop, fraction of the "
+        "image's area; paper: 0.14")
+    add("--small-crop-scale", type=float, help="smallest small crop, fraction of the image's area; "
+        "paper: 0.05")
+    add("--jitter-strength", type=float, help="strength of the color jitter, s; paper: 1")
+    add("--blur", type=float, help="fraction of views that are blurred; paper: 0.5")
+    return parse_with_recipe(parser, RECIPES, argv)
 
+
+# ------------------------------------------------------------------------- sources and departures
 
 # Sources. imagenet: the authors' recipe for batches of 256 (facebookresearch/swav; linear probe
 # 72.7 %). Theirs for batches of 4096 (rate 0.3 per 256, 10 epochs of warm-up, no queue) reaches
 # 75.3 % in 800 epochs. cifar: lightly's CIFAR-10 benchmark, with the authors' frozen first epoch.
-# demo: the best values measured on the drawn images. cpu: for real images, not tuned.
+# demo: the best values measured on the synthetic images. cpu: for real images, not tuned.
 #
 # Departures from the paper: LARS for the authors' LARC, which divides by |g| + weight_decay · |w|
 # (LARS: |g + weight_decay · w|); a warm-up starts at 0 (authors' code: 1/16 of the peak); no bias
 # ahead of the projector's BN, which would cancel it; codes come from float32 scores (authors' code:
-# float16); blur is a true Gaussian (authors' code: PIL's three box filters).
+# float16); blur is a true Gaussian (authors' code: PIL's three box filters); crops are taken from a
+# square canvas of 8/7 of the view's side, so that elongated images lose detail (cut them
+# beforehand).
 
 if __name__ == "__main__":
     from common import main

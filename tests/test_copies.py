@@ -7,8 +7,8 @@ from conftest import METHODS, ROOT
 
 # They belong to the methods of several papers, and every file works alone: changed in one file,
 # they are changed in all.
-COPIES = {"LARS", "cosine", "stepwise", "ema_update", "spread", "solved", "PatchEmbed", "Attention",
-          "Block", "positions"}
+COPIES = {"LARS", "cosine_schedule", "stepwise", "ema_update", "spread", "solved", "PatchEmbed", "Attention",
+          "Block", "positions", "without_dropout"}
 
 # The same idea in every file, each time in its own way.
 OWN = {"augment", "make_optimizer", "train", "parse_args", "ViT", "positive_found"}

@@ -1,7 +1,9 @@
-"""Image files of all kinds, folders, torchvision sets, streaming, the drawn set."""
+"""The data of other people: kinds of pixels and files, folders, sets of torchvision, memory."""
 
 import os
-import re
+import random
+import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +11,35 @@ import pytest
 import torch
 import torchvision
 from conftest import write_images
-from PIL import Image, features
+from PIL import Image
+from torch import nn
 
 import common
-from common import Failure, find_sets, folder_set, load_data, to_square
+import linear_probe
+import simclr
+from common import Failure, find_sets, to_square
 
-pytestmark = [pytest.mark.filterwarnings("error::FutureWarning"),
-              pytest.mark.filterwarnings("error::DeprecationWarning")]
 CPU = torch.device("cpu")
+
+
+def load(data="images", device=CPU, **flags):
+    """-> the training and the test set that a run with these flags reads."""
+    args = {"image_size": 32, "max_images": None, "memory": 8.0, "workers": 0, **flags}
+    return common.load_data(Namespace(data=data, **args), device)
+
+
+def all_pixels(images):
+    """-> all images (N, 3, S, S), and their aspects."""
+    return next(images.load([torch.arange(len(images))], CPU))
+
+
+def labelled(images):
+    """-> {name: class, or None}"""
+    classes = [*images.classes, None]
+    return {name: classes[label] for name, label in zip(images.names, images.labels.tolist())}
+
+
+# ---- pixels
 
 
 def picture(width=16, height=16):
@@ -25,82 +48,101 @@ def picture(width=16, height=16):
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def pixels_of(image):
-    """PIL RGB -> (3, H, W), by numpy."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def read(path, size=16):
+def read(path):
     with Image.open(path) as image:
-        return to_square(image, size)
+        return to_square(image, 16)[0]
 
 
 def assert_shows(path, expected, tolerance=0):
-    """expected: PIL RGB, or (3, H, W) numbers"""
-    expected = pixels_of(expected) if isinstance(expected, Image.Image) else expected
-    pixels, aspect = read(path)
-    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 16, 16) and aspect == 1
-    assert (pixels.int() - expected.int()).abs().max() <= tolerance, path
-
-
-# ---- formats and modes
+    """expected: a PIL image, or numbers (H, W, 3) of 0 to 255."""
+    difference = read(path).permute(1, 2, 0).numpy() - np.array(expected, dtype=float)
+    assert np.abs(difference).max() <= tolerance
 
 
 @pytest.mark.parametrize("suffix, options, tolerance", [
     ("png", {}, 0), ("bmp", {}, 0), ("ppm", {}, 0), ("tiff", {}, 0),
-    ("webp", {"lossless": True}, 0),
-    ("jpg", {"quality": 95, "subsampling": 0}, 6), ("avif", {"quality": 95}, 20)])
-def test_formats(suffix, options, tolerance):
-    if suffix in ("avif", "webp") and not features.check(suffix):
-        pytest.skip(f"this Pillow has no {suffix}")
+    ("webp", {"lossless": True}, 0), ("jpg", {"quality": 95, "subsampling": 0}, 6),
+    ("avif", {"quality": 95}, 20)])
+def test_format(suffix, options, tolerance):
     picture().save(f"x.{suffix}", **options)
-    assert folder_set(".").names == [f"x.{suffix}"]
+    assert find_sets(".")[0].names == [f"x.{suffix}"]
     assert_shows(f"x.{suffix}", picture(), tolerance)
 
 
-def test_first_of_several_pages(capsys):
-    write_images(Path("images"), 4, size=(16, 16))
-    other = Image.new("RGB", (16, 16), "red")
-    for name in "x.gif", "x.png", "x.tiff":
-        picture().save(f"images/{name}", save_all=True, append_images=[other])
-        assert_shows(f"images/{name}", picture(), 60 if name == "x.gif" else 0)
-    load_data("images", image_size=16)
-    assert "; pages beyond the first" in capsys.readouterr().out
+@pytest.mark.parametrize("mode, suffix, tolerance", [
+    ("L", "png", 0), ("1", "png", 0), ("P", "png", 0), ("P", "gif", 0), ("CMYK", "tiff", 0),
+    ("CMYK", "jpg", 40)])
+def test_mode(mode, suffix, tolerance):
+    image = picture().convert(mode)
+    image.save(f"x.{suffix}")
+    assert_shows(f"x.{suffix}", image.convert("RGB"), tolerance)
 
 
-def test_transparent_is_white():
-    gray, colors = picture().convert("L"), picture()
-    alpha = Image.fromarray(np.tile(np.arange(16, dtype=np.uint8) * 17, (16, 1)))
-    share = torch.from_numpy(np.array(alpha)) / 255
-    for image in Image.merge("LA", [gray, alpha]), Image.merge("RGBA", [*colors.split(), alpha]):
-        image.save("x.png")
-        opaque = pixels_of((gray if image.mode == "LA" else colors).convert("RGB"))
-        assert_shows("x.png", opaque * share + 255 * (1 - share), 1)
-    for mode in "L", "RGB", "P":  # one colour is transparent
-        image = picture().convert(mode)
-        hidden = image.getpixel((3, 3))
-        image.save("x.png", transparency=hidden)
-        hidden = torch.from_numpy((np.array(image) == hidden).reshape(16, 16, -1).all(-1))
-        assert_shows("x.png", pixels_of(image.convert("RGB")).masked_fill(hidden, 255))
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_is_on_white(mode):
+    image = picture().convert(mode)
+    alpha = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image.putalpha(Image.fromarray(alpha))
+    image.save("x.png")
+    opaque = np.array(image.convert("RGB"))
+    share = alpha[:, :, None] / 255
+    assert_shows("x.png", opaque * share + 255 * (1 - share), tolerance=1)
 
 
-LEVELS = torch.arange(256).view(16, 16)
+@pytest.mark.parametrize("name, options", [
+    ("x.png", {}), ("x.gif", {}), ("x.webp", {"lossless": True})])
+def test_half_transparent_is_half_white(name, options):
+    image = Image.new("RGBA", (16, 16), (255, 0, 0, 255))
+    image.paste((0, 0, 255, 0), (0, 0, 8, 16))
+    image.save(name, **options)
+    expected = Image.new("RGB", (16, 16), "red")
+    expected.paste("white", (0, 0, 8, 16))
+    assert_shows(name, expected)
 
 
-@pytest.mark.parametrize("kind, top", [
-    (np.uint16, 65535), (np.uint16, 4095), (np.int32, 65535), (np.int32, 255), (np.float32, 1),
-    (np.float32, 255), (">u2", 65535)])  # which has the high byte first
-def test_more_than_8_bits_are_scaled(kind, top):
-    """12 bits, too, of which some cameras and scanners make a 16-bit file."""
-    Image.fromarray((LEVELS / 255 * top).round(decimals=4).numpy().astype(kind)).save("x.tiff")
-    assert_shows("x.tiff", LEVELS.expand(3, -1, -1), 1)
-    if kind == np.uint16:
-        Image.fromarray((LEVELS / 255 * top).numpy().astype(kind)).save("x.png")
-        assert_shows("x.png", LEVELS.expand(3, -1, -1), 1)
+@pytest.mark.parametrize("mode", ["RGBA", "RGBX"])  # the file calls it opacity, or nothing
+def test_fourth_band_of_a_tiff_is_dropped(capsys, mode):
+    """It may be infrared."""
+    write_images(Path("images"), 3)
+    bands = [*picture().split(), Image.new("L", (16, 16), 60)]
+    Image.merge(mode, bands).save("images/x.tiff")
+    assert_shows("images/x.tiff", picture())
+    load()
+    assert "left out: the fourth band\n" in capsys.readouterr().out
+
+
+def test_fourth_band_of_cmyk_is_read(capsys):
+    write_images(Path("images"), 3)
+    picture().convert("CMYK").save("images/x.tiff")
+    load()
+    assert "left out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+@pytest.mark.parametrize("top", [4000, 4200, 65535])
+def test_gray_of_16_bits_by_its_full_range(suffix, top):
+    """Were each image stretched by its own maximum, all three would look alike."""
+    ramp = np.linspace(0, top, 256).reshape(16, 16)
+    Image.fromarray(ramp.astype(np.uint16)).save(f"x.{suffix}")
+    mean = read(f"x.{suffix}").float().mean().item()
+    assert mean == pytest.approx(ramp.mean() * 255 / 65535, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.int32, np.float32])
+def test_pixels_of_no_known_range_are_not_read(capsys, kind):
+    os.mkdir("images")
+    for i in range(3):
+        Image.fromarray(np.arange(256).reshape(16, 16).astype(kind)).save(f"images/{i}.tiff")
+    words = r"3 unreadable \('0.tiff': pixels of mode [IF]: convert to 8 bits\)"
+    with pytest.raises(Failure, match=words):
+        load()
+    write_images(Path("images"), 4)
+    train, _ = load()
+    assert len(train) == 4 and "convert to 8 bits" in capsys.readouterr().out
 
 
 TURNED = {  # EXIF orientation -> how the camera stored the upright picture
-    1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
 
@@ -109,340 +151,492 @@ TURNED = {  # EXIF orientation -> how the camera stored the upright picture
 def test_exif_orientation(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for name, upright in ("square", picture()), ("wide", picture(48, 24)):
-        turned = TURNED[orientation]
-        stored = upright if turned is None else upright.transpose(turned)
-        stored.save(f"{name}.png", exif=exif)
-        stored.save(f"{name}.jpg", exif=exif, quality=95, subsampling=0)
-    assert_shows("square.png", picture())
-    assert_shows("square.jpg", picture(), 6)
-    assert read("wide.png")[1] == read("wide.jpg")[1] == 2
+    picture().transpose(TURNED[orientation]).save("x.png", exif=exif)
+    assert_shows("x.png", picture())
+    picture(48, 24).transpose(TURNED[orientation]).save("x.jpg", exif=exif)
+    with Image.open("x.jpg") as image:
+        assert to_square(image, 16)[1] == 2  # width / height
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "tiff"])
+def test_first_page_is_read(capsys, suffix):
+    write_images(Path("images"), 3)
+    first = picture().quantize(32)
+    second = Image.new("P", (16, 16))
+    first.save(f"images/x.{suffix}", save_all=True, append_images=[second])
+    assert_shows(f"images/x.{suffix}", first.convert("RGB"))
+    load()
+    assert "left out: pages beyond the first\n" in capsys.readouterr().out
 
 
 def test_large_jpeg_keeps_its_picture():
-    """Decoded at a fraction of its size, it must look as if decoded whole."""
+    """It is decoded at a fraction of its size."""
     picture(1000, 500).save("x.jpg", quality=95)
-    pixels, aspect = read("x.jpg")
-    expected = pixels_of(picture(1000, 500).resize((16, 16), Image.Resampling.BICUBIC))
-    assert aspect == pytest.approx(2, rel=0.02)
-    assert (pixels.int() - expected.int()).abs().float().mean() < 3
+    assert_shows("x.jpg", picture(1000, 500).resize((16, 16), Image.Resampling.BICUBIC), 10)
 
 
-@pytest.mark.parametrize("color", [(3, 3, 3), (130, 130, 130), (200, 20, 20), (0, 5, 15)])
-def test_images_of_one_colour_are_refused(color):
+@pytest.mark.parametrize("gray", [3, 130, 250])
+def test_images_of_almost_one_color_are_refused(gray):
     """What wrong conversions make of a whole set; a few such images are left to the user."""
     os.mkdir("images")
     for i in range(3):
-        Image.new("RGB", (16, 16), tuple(c + i for c in color)).save(f"images/{i}.png")
-    with pytest.raises(Failure, match="^the images of images come out almost of one colour"):
-        load_data("images", image_size=16)
-    write_images(Path("images/more"), 3, size=(16, 16))
-    assert len(load_data("images", image_size=16)[0]) == 6
+        Image.new("L", (16, 16), gray + i).save(f"images/{i}.png")
+    words = f"one color, with values of {gray} to {gray + 2} of 255: convert them to 8 bits"
+    with pytest.raises(Failure, match=words):
+        load()
+    write_images(Path("images/more"), 3)
+    assert len(load()[0]) == 6
 
 
-# ---- unreadable files
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_unreadable_images_are_left_out(monkeypatch, capsys, streaming):
-    """20 of 200: the others are trained on, under their own labels; one line has the names."""
-    if streaming:
-        monkeypatch.setattr(common, "free_memory", lambda device: 0)
-    for seed, name in enumerate(("train/cat", "train/dog", "val/cat", "val/dog")):
-        write_images(Path("images", name), 100 if seed < 2 else 3, seed=seed, suffix=".jpg")
-    whole, _ = load_data("images", image_size=32)
-    kept = [i for i in range(200) if i % 10]
-    expected = all_images(whole)[0][kept]
-    for i in range(0, 100, 10):
-        cut(Path(f"images/train/cat/{i:03}.jpg"))
-        Path(f"images/train/dog/{i:03}.jpg").write_text("<html>not found</html>")
-    for i in "080", "090":
-        os.remove(f"images/train/dog/{i}.jpg")
-    os.symlink("nowhere", "images/train/dog/090.jpg")
-    os.mkfifo("images/train/dog/080.jpg")  # whoever opens it waits for one who writes
-    Path("images/val/cat/001.jpg").write_bytes(b"")
-    capsys.readouterr()
-    train, test = load_data("images", image_size=32)
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("training images: 180 of images/train, 2 classes (")
-    assert first.endswith("'dog/080.jpg', 'dog/090.jpg')")
-    assert "; 20 unreadable ('cat/000.jpg', 'cat/010.jpg', 'cat/020.jpg', " in first
-    assert second.endswith("; 1 unreadable ('cat/001.jpg')")
-    assert train.names == [whole.names[i] for i in kept] and len(test) == 5
-    assert torch.equal(train.labels, whole.labels[kept])
-    assert torch.equal(all_images(train)[0], expected)
-    assert (all_images(train)[1] == 1).all()
-
-
-def test_images_that_get_lost_later_stop_the_run(monkeypatch):
-    monkeypatch.setattr(common, "free_memory", lambda device: 0)
-    write_images(Path("images"), 4)
-    train, _ = load_data("images", image_size=32)
-    os.remove("images/002.png")
-    with pytest.raises(Failure, match="images of images can be read no longer"):
-        all_images(train)
-
-
-def test_nothing_readable_is_an_error():
+@pytest.mark.parametrize("memory", [8.0, 0.0])
+def test_images_of_12_bits_in_16_are_refused(memory):
+    """As some cameras and scanners write them: by the full range, they are almost black."""
     os.mkdir("images")
-    Path("images/bad.png").write_text("no image")
-    with pytest.raises(Failure, match=r"images: nothing to read; 1 unreadable \('bad.png'\)"):
-        load_data("images", image_size=32)
+    for i in range(3):
+        ramp = np.linspace(0, 4095, 256).reshape(16, 16)
+        Image.fromarray(ramp.astype(np.uint16)).save(f"images/{i}.png")
+    with pytest.raises(Failure, match="almost of one color.*: convert them to 8 bits"):
+        load(memory=memory)
 
 
-@pytest.mark.parametrize("change", [
-    lambda images: [image.write_text("no image") for image in images],
-    lambda images: [image.unlink() for image in images],
-    lambda images: [Image.new("L", (32, 32)).save(image) for image in images],
-    lambda images: [(folder / c).rename(folder / f"{c}fish") for folder in {
-        image.parent.parent for image in images} for c in ("cat", "dog")]])
-def test_fault_among_test_images_does_not_stop_training(class_folders, capsys, change):
-    """Nor does a test set of classes that were never trained on: then there is no accuracy."""
-    change([*(class_folders / "val").rglob("*.png")])
-    train, test = load_data("images", image_size=32)
-    assert len(train) == 24 and test is None
-    *_, last = capsys.readouterr().out.splitlines()
-    assert last == "no test images with labels: nothing to evaluate on"
+# ---- files that cannot be read
+
+
+def spoil(folder):
+    """Five files in the folder that look like images, and are none."""
+    whole = Path(folder, "whole.jpg")
+    picture(64, 64).save(whole)
+    Path(folder, "truncated.jpg").write_bytes(whole.read_bytes()[:-100])
+    whole.unlink()
+    Path(folder, "empty.jpg").touch()
+    Path(folder, "page.jpg").write_text("<html>not found</html>")
+    os.mkfifo(Path(folder, "pipe.jpg"))  # whoever opens it waits for one who writes
+    os.symlink("nowhere", Path(folder, "link.jpg"))
+
+
+def test_unreadable_files_are_left_out_and_counted(capsys, class_folders):
+    whole, _ = load()
+    spoil("images/train/cat")
+    os.mkdir("images/train/dog/folder.jpg")
+    capsys.readouterr()
+    train, test = load()
+    assert labelled(train) == labelled(whole) and len(test) == 8
+    assert torch.equal(train.pixels, whole.pixels)
+    line, _ = capsys.readouterr().out.splitlines()
+    assert line.startswith("training images: 24 of images/train; 2 classes (cat, dog); "
+                           "left out: 5 unreadable ('cat/empty.jpg': cannot identify image file")
+
+
+def test_unreadable_files_of_a_streamed_set_are_counted_among_fifty(capsys, class_folders):
+    spoil("images/train/cat")
+    train, _ = load(memory=0)
+    assert len(train) == 29
+    assert "5 of 29 tried unreadable ('cat/empty.jpg': " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("memory", [8.0, 0.0])
+def test_nothing_readable(memory):
+    os.mkdir("images")
+    spoil("images")
+    words = "images: nothing that can be read; left out: 5 .*unreadable"
+    with pytest.raises(Failure, match=words):
+        load(memory=memory)
+
+
+def test_empty_test_folder(class_folders):
+    shutil.rmtree("images/val")
+    os.mkdir("images/val")
+    with pytest.raises(Failure, match="^images/val: nothing that can be read$"):
+        load()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_are_read_or_left_out():
+    """Sixty of several formats, each with a stretch of bytes that is noise, missing or zero."""
+    write_images(Path("images"), 3)
+    draw = random.Random(0)
+    suffixes = "jpg png gif bmp tiff ppm webp avif".split()
+    for number in range(60):
+        path = Path(f"images/damaged{number}.{suffixes[number % 8]}")
+        picture(48, 40).save(path)
+        data = bytearray(path.read_bytes())
+        start = draw.choice([draw.randrange(64), draw.randrange(len(data))])  # often in the header
+        length = draw.choice([1, 4, 64])
+        data[start : start + length] = draw.choice([b"", bytes(length), draw.randbytes(length)])
+        path.write_bytes(data)
+    train, _ = load()
+    assert 3 < len(train) < 63 and (train.aspect > 0).all()
+    assert train.left_out[-1].startswith(f"{63 - len(train)} unreadable (")
 
 
 # ---- folders
 
 
-def layout(*names):
-    """Empty files, which is enough to list them."""
+def files(names):
+    """Empty files below images/, which is enough to list them."""
     for name in names:
-        Path("images", name).parent.mkdir(parents=True, exist_ok=True)
-        Path("images", name).touch()
+        path = Path("images", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
 
 
-def labelled(image_set):
-    """{name: class or None}"""
-    classes = [*image_set.classes, None]
-    return {name: classes[label] for name, label in zip(image_set.names, image_set.labels.tolist())}
+@pytest.mark.parametrize("folders", [
+    ["bus", "car", "plane", "train"], ["invalid", "valid"], ["other", "test"], ["test", "valid"],
+    ["Training", "walking"]])
+def test_classes_may_be_called_like_splits(folders):
+    files([f"{folder}/{i}.png" for folder in folders for i in range(20)])
+    train, test = find_sets("images")
+    assert train.classes == test.classes == folders
+    assert len(train) + len(test) == 20 * len(folders)
 
 
 @pytest.mark.parametrize("train, test", [
     ("train", "val"), ("train", "valid"), ("train", "validation"), ("training", "testing"),
-    ("Train", "Test"), ("TRAINING", "Validation"), ("train", "test")])
+    ("Train", "Test"), ("TRAINING", "Validation"), ("download/chest/train", "download/chest/test")])
 def test_split_folders(train, test):
-    layout(f"{train}/cat/1.png", f"{train}/cat/deep/er/2.png", f"{train}/dog/3.png",
-           f"{test}/dog/4.png", f"{test}/cat/5.png")
+    files([f"{train}/cat/1.png", f"{train}/cat/deep/er/2.png", f"{train}/dog/3.png",
+           f"{test}/dog/4.png", f"{test}/cat/5.png", f"{test}/bird/6.png"])
+    train_set, test_set = find_sets("images")
+    assert train_set.origin == f"images/{train}" and test_set.origin == f"images/{test}"
+    assert labelled(train_set) == {
+        "cat/1.png": "cat", "cat/deep/er/2.png": "cat", "dog/3.png": "dog"}
+    assert labelled(test_set) == {"dog/4.png": "dog", "cat/5.png": "cat", "bird/6.png": None}
+
+
+@pytest.mark.parametrize("parent", ["", "train/", "download/", "download/train/"])
+def test_a_folder_that_is_alone_is_entered(parent):
+    files([f"{parent}{name}/{i}.png" for name in ("cat", "dog") for i in range(2)])
     train, test = find_sets("images")
-    assert labelled(train) == {"cat/1.png": "cat", "cat/deep/er/2.png": "cat", "dog/3.png": "dog"}
-    assert labelled(test) == {"cat/5.png": "cat", "dog/4.png": "dog"}
     assert train.classes == test.classes == ["cat", "dog"]
 
 
-def test_test_folder_with_other_classes():
-    layout(*(f"train/{c}/1.png" for c in "abcd"), "val/d/2.png", "val/b/3.png", "val/new/4.png")
+def test_names_that_differ_in_case_are_two_classes():
+    files(["a/1.png", "a/2.png", "A/3.png", "A/4.png"])
+    assert find_sets("images")[0].classes == ["A", "a"]
+
+
+def test_hidden_folders_are_no_classes():
+    names = ["cat/1.png", "cat/2.png", "dog/3.png", "dog/4.png"]
+    files(names)
+    files(["@eaDir/1.png", "cat/@eaDir/1.png/SYNOPHOTO.jpg", "__MACOSX/cat/5.png", "cat/._1.png",
+           ".hidden/6.png", "dog/.hidden/7.png"])
     train, test = find_sets("images")
-    assert test.classes == train.classes == [*"abcd"]
-    assert labelled(test) == {"d/2.png": "d", "b/3.png": "b", "new/4.png": None}
-
-
-def test_what_is_left_out_is_said(class_folders, capsys):
-    for folder in "test", "unlabeled", ".cache", "__MACOSX":
-        write_images(class_folders / folder, 2)
-    layout("train/cat/1.heic", "train/cat/2.heic", "train/notes.txt", "train/dog/._0.png",
-           "train/Thumbs.db", "train/cat/.DS_Store", "val/x.csv", "val/y.csv",
-           *(f"train/dog/{i}" for i in range(30)))  # an entry each would hide the others
-    os.symlink("cat", "images/train/link")
-    os.symlink("..", "images/train/dog/parent")
-    train, test = load_data("images", image_size=32)
-    first, second = capsys.readouterr().out.splitlines()
-    assert len(train) == 24 and len(test) == 8 and len(first) < 350
-    assert re.match("training images: 24 of images/train, 2 classes .'?cat'?, '?dog'?.; ", first)
-    for part in ("2 .heic: not decoded here", "1 .txt: ", "1 .db: ", "; folder test/",
-                 "2 folder read already under another name",
-                 "; folder unlabeled/", "; folder __MACOSX/"):
-        assert part in first
-    assert second.startswith("test images: 8 of images/val, 2 classes (")
-    assert second.endswith("); 2 .csv: not decoded here")
-
-
-def test_tiny_imagenet_as_downloaded(capsys):
-    for seed, name in enumerate(("n01443537", "n01629819")):
-        write_images(Path("images/train", name, "images"), 4, seed=seed, suffix=".JPEG")
-        layout(f"train/{name}/{name}_boxes.txt")
-    for folder in "val", "test":
-        write_images(Path("images", folder, "images"), 3, suffix=".JPEG")
-    layout("wnids.txt", "val/val_annotations.txt")
-    train, test = load_data("images", image_size=32)
-    first, second, third = capsys.readouterr().out.splitlines()
-    assert train.classes == ["n01443537", "n01629819"] and len(train) == 8 and test is None
-    assert "2 .txt: not decoded here" in first and "folder test/" in first
-    assert "3 of images/val" in second and "3 of no class" in second and "1 .txt" in second
-    assert third == "no test images with labels: nothing to evaluate on"  # those for training have
-
-
-@pytest.mark.parametrize("prefix", ["", "train/"])
-def test_a_tenth_is_held_out_where_there_is_no_test_folder(prefix):
-    """Always the same; the image beside the class folders has no label."""
-    names = [f"{c}/{i}.png" for c in ("cat", "dog") for i in range(150)]
-    layout(*(prefix + name for name in (*names, "1.png")))
-    train, test = find_sets("images")
-    found = labelled(train) | labelled(test)
-    assert found == {name: name[:3] for name in names} | {"1.png": None}
-    assert len(test) == 31 and len(train) == 270 and {0, 1} <= {*test.labels.tolist()}
-    assert find_sets("images")[1].names == test.names
+    assert train.classes == ["cat", "dog"]
+    assert sorted(train.names + test.names) == names
 
 
 def test_images_without_labels():
-    layout("1.png", "2.JPG", "deep/er/3.webp", ".hidden.png", "._2.JPG", "Thumbs.db", "notes.txt")
+    files(["1.png", "2.JPG", "deep/er/3.webp"])
     train, test = find_sets("images")
     assert labelled(train) == {"1.png": None, "2.JPG": None, "deep/er/3.webp": None}
     assert train.classes == [] and test is None
-    assert sorted(train.left_out) == ["1 .db: not decoded here", "1 .txt: not decoded here"]
 
 
-# ---- torchvision's sets
+def test_test_images_of_no_known_class_are_not_evaluated(capsys, class_folders):
+    os.rename("images/val/cat", "images/val/lion")
+    os.rename("images/val/dog", "images/val/wolf")
+    _, test = load()
+    assert test is None and "8 of no class" in capsys.readouterr().out
 
 
-class Pictures:
-    """A stand-in for a torchvision set."""
-
-    def __init__(self, part, labels):
-        self.gray = {True: 50, "train": 50, False: 200, "test": 200}[part]
-        self.classes = ["cat", "dog"]
-        setattr(self, labels, [0, 1] * 3)
-
-    def __len__(self):
-        return 6
-
-    def __getitem__(self, i):
-        return Image.new("RGB", (20, 20), (self.gray, i, 0)), i % 2
+def test_what_is_left_out_is_said(capsys, class_folders):
+    files(["train/cat/1.heic", "train/cat/2.heic", "train/notes.txt", "val/table.csv",
+           "test/cat/1.png", "unlabeled/1.png", "train/dog/1", "train/dog/2"])
+    train, test = load()
+    first, second = capsys.readouterr().out.splitlines()
+    assert len(train) == 24 and len(test) == 8
+    assert first.startswith("training images: 24 of images/train; 2 classes (cat, dog); left out: ")
+    for part in "2 .heic", "1 .txt", "2 without extension", "folder test/", "folder unlabeled/":
+        assert part in first
+    assert second == "test images: 8 of images/val; 2 classes (cat, dog); left out: 1 .csv"
 
 
-@pytest.mark.parametrize("name, make", [
-    ("CIFAR10", lambda root, train, download: Pictures(train, "targets")),
-    ("SVHN", lambda root, split, download: Pictures(split, "labels"))])
-def test_torchvision_set(monkeypatch, name, make):
-    monkeypatch.setattr(torchvision.datasets, name, make)
-    monkeypatch.setattr(common, "describe", lambda images, device: images.origin)
-    train, test = load_data(name.lower(), image_size=32)
-    assert train.classes == test.classes == ["cat", "dog"]
-    for image_set, gray in (train, 50), (test, 200):
-        assert image_set.labels.tolist() == [0, 1] * 3
-        images, aspect = all_images(image_set)
-        assert images.shape == (6, 3, 20, 20) and aspect.tolist() == [1] * 6
-        assert (images[:, 0] == gray).all() and images[:, 1, 0, 0].tolist() == [*range(6)]
+def test_images_beside_train_and_test_are_said_to_be_left_out():
+    files(["train/cat/1.png", "train/dog/2.png", "test/cat/3.png", "4.png"])
+    train, _ = find_sets("images")
+    assert len(train) == 2 and len(train.left_out) == 1
 
 
-@pytest.mark.parametrize("name", ["cifar10", "fakedata", "imagefolder", "flowers102"])
-def test_torchvision_failure_names_the_set(monkeypatch, name):
-    """Without a connection; sets that take other arguments, or have labels of another form."""
-    def offline(root, train=True, download=False):
-        raise RuntimeError("Error downloading")
+def test_each_folder_is_read_once():
+    names = ["cat/1.png", "cat/2.png", "dog/3.png", "dog/4.png"]
+    files(names)
+    os.symlink("..", "images/cat/loop")
+    os.symlink("dog", "images/wolf")
+    train, test = find_sets("images")
+    assert sorted(train.names + test.names) == names
+    assert train.classes == ["cat", "dog"]
 
-    class Odd(list):
-        def __init__(self, root, split="train", download=False):
-            super().__init__([1, 2])
 
+def test_names_that_are_no_text(capsys):
+    """common.main has the screen show them somehow."""
+    odd = os.fsdecode(b"\xff\xfe")
+    for folder in "cat", odd:
+        write_images(Path("images", folder), 10)
+        os.rename(f"images/{folder}/000.png", f"images/{folder}/line\nbreak{odd}.png")
+        Path(f"images/{folder}/text\n{odd}.png").touch()
+    sets = []
+    common.main(lambda args: sets.extend(load()), lambda argv: None)
+    assert len(sets[0]) + len(sets[1]) == 20 and sets[0].classes == ["cat", odd]
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize("parent", ["", "photos/"])
+def test_runs_is_no_class(parent):
+    for name in "cat", "dog":
+        write_images(Path(parent + name), 10)
+    flags = "--data . -a resnet8x0.25 -b 8 --epochs 1 --device cpu".split()
+    simclr.train(simclr.parse_args(flags))
+    assert Path("runs/simclr/views.png").exists()
+    train, _ = find_sets(".")
+    assert train.classes == ["cat", "dog"] and len(train) == 18
+    simclr.train(simclr.parse_args(["--resume", "--epochs", "2"]))
+    assert common.read_run("runs/simclr", "simclr")["step"] == 4
+
+
+# ---- which images
+
+
+def test_a_tenth_is_held_out():
+    """The same one on every machine; kept results depend on it."""
+    files([f"{name}/{i}.png" for name in ("cat", "dog") for i in range(12)])
+    files(["notes.txt"])
+    train, test = find_sets("images")
+    assert test.names == ["cat/4.png", "dog/10.png", "dog/5.png"]
+    assert len(train) == 21 and not set(train.names) & set(test.names)
+    assert train.left_out == ["1 .txt"] and test.left_out == []
+
+
+def test_max_images_limits_both_sets(class_folders):
+    train, test = load(max_images=4)
+    assert train.names == ["cat/000.png", "cat/001.png", "cat/008.png", "dog/006.png"]
+    assert test.names == ["cat/000.png", "cat/001.png", "cat/002.png", "cat/003.png"]
+    whole, _ = load(max_images=100)
+    rows = [whole.names.index(name) for name in train.names]
+    assert torch.equal(train.pixels, whole.pixels[rows])
+    assert torch.equal(train.labels, whole.labels[rows])
+
+
+# ---- sets of torchvision
+
+
+class Fake(torchvision.datasets.FakeData):
+    """Random images with labels as torchvision's sets have them; the tests have another seed."""
+
+    def __init__(self, root, train, download):
+        super().__init__(20 if train else 10, (3, 8, 8), num_classes=3, random_offset=train)
+        self.classes = ["cat", "dog", "bird"]
+        self.targets = [i % 3 for i in range(self.size)]
+
+
+@pytest.mark.parametrize("memory", [8.0, 0.0])
+def test_torchvision_set(monkeypatch, memory):
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
+    train, test = load("cifar10", memory=memory)
+    assert (train.pixels is None) == (memory == 0)
+    for images, count, is_train in (train, 20, True), (test, 10, False):
+        pixels, aspect = all_pixels(images)
+        assert pixels.shape == (count, 3, 8, 8) and (aspect == 1).all()
+        image, _ = Fake("data", is_train, True)[7]
+        assert np.array_equal(pixels[7].permute(1, 2, 0), np.array(image))
+        assert images.labels.tolist() == [i % 3 for i in range(count)]
+        assert images.classes == ["cat", "dog", "bird"]
+
+
+def test_torchvision_set_without_lists(monkeypatch):
+    """Of labels and class names."""
+    def make(root, split, download):
+        return torchvision.datasets.FakeData(20, (3, 8, 8), num_classes=3)
+
+    monkeypatch.setattr(torchvision.datasets, "SVHN", make)
+    train, _ = find_sets("svhn")
+    assert train.labels.tolist() == [label for _, label in make("data", "train", True)]
+    assert train.classes == ["0", "1", "2"]
+
+
+def test_large_torchvision_set_gets_workers(monkeypatch):
+    def make(root, train, download):
+        images = Fake(root, train, download)
+        if train:
+            images.size = 1001
+            images.targets = [0] * 1001
+        return images
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", make)
+    train, test = load("cifar10", memory=0, workers=2)
+    assert train.workers == 2 and test.workers == 0
+
+
+def offline(root, train, download):
+    raise RuntimeError("Error downloading")
+
+
+@pytest.mark.parametrize("name, words", [
+    ("nowhere", "no such folder, and no torchvision set of that name"), ("", "no such folder"),
+    ("cifar10", "Error downloading"), ("fakedata", "torchvision cannot load it")])
+def test_torchvision_failure_names_the_set(monkeypatch, name, words):
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
-    monkeypatch.setattr(torchvision.datasets, "Flowers102", Odd)
-    with pytest.raises(Failure, match=name):
+    with pytest.raises(Failure, match=f"--data {name}: .*{words}"):
         find_sets(name)
-    with pytest.raises(Failure, match="no-such-set"):
-        find_sets("no-such-set")
 
 
-# ---- canvas, memory, streaming
-
-
-def all_images(image_set):
-    (images, aspect), = image_set.load([range(len(image_set))], CPU)
-    return images.clone(), aspect.clone()
+# ---- size, memory, streaming
 
 
 @pytest.mark.parametrize("image_size, sides, canvas", [
-    (224, [400] * 5, 256), (96, [400] * 5, 109), (32, [400] * 5, 64), (32, [32] * 5, 32),
+    (224, [400], 256), (96, [400], 109), (32, [400], 64), (32, [32], 32),
     (224, [100, 100, 120, 400, 400], 120)])
-def test_canvas(monkeypatch, image_size, sides, canvas):
-    monkeypatch.setattr(common, "describe", lambda images, device: images.origin)
+def test_canvas(image_size, sides, canvas):
+    """8/7 of the view, at least 64 pixels, no larger than the median image."""
     os.mkdir("images")
     for i, side in enumerate(sides):
-        Image.new("RGB", (side * 3 // 2, side), (i, 0, 0)).save(f"images/{i}.png")
-    images, aspect = all_images(load_data("images", image_size=image_size)[0])
-    assert images.shape == (5, 3, canvas, canvas) and images[:, 0, 0, 0].tolist() == [*range(5)]
-    assert aspect.tolist() == pytest.approx([1.5] * 5, rel=0.02)
+        picture(side * 3 // 2, side).save(f"images/{i}.png")
+    train, _ = load(image_size=image_size)
+    assert train.pixels.shape == (len(sides), 3, canvas, canvas)
+    assert train.aspect.tolist() == [1.5] * len(sides)
+
+
+def test_images_larger_than_the_view_are_mentioned(capsys):
+    write_images(Path("images"), 3, size=(64, 64))
+    load(image_size=32)
+    assert "images of 64 pixels, seen at 32\n" in capsys.readouterr().out
+    load(image_size=64)
+    assert "seen at" not in capsys.readouterr().out
+
+
+NEEDED = (24 + 8) * 3 * 32 * 32 / 1e9  # GB, of class_folders
+
+
+@pytest.mark.parametrize("memory, processes, kept", [
+    (1.01 * NEEDED, 1, True), (0.99 * NEEDED, 1, False), (4.01 * NEEDED, 4, True),
+    (3.99 * NEEDED, 4, False)])
+def test_what_fits_into_memory_is_kept(monkeypatch, class_folders, memory, processes, kept):
+    """It is shared by the processes of this machine."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    for images in load(memory=memory):
+        assert (images.pixels is not None) == kept
+
+
+@pytest.mark.parametrize("free, kept", [(4.01 * NEEDED, True), (3.99 * NEEDED, False)])
+def test_a_quarter_of_the_free_memory_of_a_gpu(monkeypatch, class_folders, free, kept):
+    decoded = []
+
+    def free_and_total(device):
+        return free * 1e9, 80e9
+
+    def decode(images, device):
+        decoded.append(images)
+        return images
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free_and_total)
+    monkeypatch.setattr(common, "decode", decode)
+    monkeypatch.setattr(common, "check", lambda images, device: None)
+    load(device=torch.device("cuda"))
+    assert len(decoded) == (2 if kept else 0)
+
+
+def test_the_process_with_the_least_memory_decides(monkeypatch, class_folders):
+    def gather(budget):
+        return torch.tensor([8e9, 0.0])
+
+    monkeypatch.setattr(common, "gather", gather)
+    train, _ = load()
+    assert train.pixels is None
+
+
+def recorded(function, calls):
+    """The function, which also adds its arguments to the list."""
+    def record(*args):
+        calls.append(args)
+        return function(*args)
+
+    return record
+
+
+def stop(*args):
+    raise KeyboardInterrupt
+
+
+def test_a_streamed_set_is_not_decoded_before_the_first_step(monkeypatch):
+    """But for 50 images that are looked at, and 10 in the picture of the views. The size of the
+    images is in the headers of 100."""
+    write_images(Path("images"), 300)
+    opened = []
+    decoded = []
+    monkeypatch.setattr(Image, "open", recorded(Image.open, opened))
+    monkeypatch.setattr(common, "to_square", recorded(common.to_square, decoded))
+    monkeypatch.setattr(common, "batches", stop)
+    with pytest.raises(KeyboardInterrupt):
+        simclr.train(simclr.parse_args("--data images --memory 0 --device cpu".split()))
+    assert len(decoded) == 60 and len(opened) == 160
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_streaming_gives_the_same_images(monkeypatch, workers):
+def test_streaming_gives_the_same_images(workers):
+    """And draws no random number."""
     write_images(Path("images"), 5)
     write_images(Path("images/wide"), 4, size=(90, 40), suffix=".jpg")
-    resident, _ = load_data("images", image_size=32)
-    monkeypatch.setattr(common, "free_memory", lambda device: 0)
-    streaming, _ = load_data("images", image_size=32)
-    streaming.workers = workers
-    assert resident.pixels is not None and streaming.pixels is None
-    pairs = (images.load([[3, 0, 8], [8, 8, 1], [2, 4]], CPU) for images in (resident, streaming))
-    for one, other in zip(*pairs, strict=True):
-        for a, b in zip(one, other):
-            assert a.dtype == b.dtype and torch.equal(a, b)
+    kept, _ = load()
+    streamed, _ = load(memory=0)
+    streamed.workers = workers  # so few images get none
+    indices = [torch.tensor(some) for some in ([3, 0, 8], [8, 8, 1], [2, 4])]
+    state = torch.get_rng_state()
+    pairs = zip(kept.load(indices, CPU), streamed.load(indices, CPU), strict=True)
+    for (pixels1, aspect1), (pixels2, aspect2) in pairs:
+        assert torch.equal(pixels1, pixels2) and torch.equal(aspect1, aspect2)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("limit, processes, free", [
-    ("4096\n", "1", 2048), ("4096\n", "2", 1024), ("max\n", "1", 10240), (None, "1", 10240)])
-def test_free_memory(monkeypatch, capsys, limit, processes, free):
-    """Half of the machine's or the container's, shared by the processes."""
-    def read_text(path):
-        assert str(path) == "/sys/fs/cgroup/memory.max"
-        if limit is None:
-            raise FileNotFoundError
-        return limit
-
-    monkeypatch.setattr(Path, "read_text", read_text)
-    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 5, "SC_PAGE_SIZE": 4096}.get)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-    assert common.free_memory(CPU) == free
-    monkeypatch.delattr(os, "sysconf")  # as on Windows
-    assert common.free_memory(CPU) == (free if limit == "4096\n" else 4e9)
-    assert "4 GB are taken" in capsys.readouterr().out
+def test_streaming_gives_the_same_weights(class_folders, no_report):
+    flags = "--data images -a resnet8x0.25 -b 8 --epochs 2 --device cpu --out".split()
+    simclr.train(simclr.parse_args([*flags, "kept"]))
+    simclr.train(simclr.parse_args([*flags, "streamed", "--memory", "0"]))
+    kept = common.read_file("kept/backbone.pth")
+    streamed = common.read_file("streamed/backbone.pth")
+    for name in kept:
+        assert torch.equal(kept[name], streamed[name])
 
 
-def test_half_of_the_free_memory_is_used(monkeypatch):
-    write_images(Path("images"), 4)
-    needed = 4 * 3 * 32 * 32
-    for free, resident in (2 * needed, True), (2 * needed - 2, False):
-        monkeypatch.setattr(common, "free_memory", lambda device: free)
-        assert (load_data("images", image_size=32)[0].pixels is not None) == resident
+def test_an_image_lost_while_streaming_is_replaced_by_the_next(capsys, class_folders):
+    train, _ = load(memory=0)
+    Path("images/train/cat/003.png").write_text("no image")
+    args = Namespace(batch_size=24, epochs=1, seed=0)
+    (_, pixels, aspect), = common.batches(train, args, 0, CPU)
+    next_image, *_ = train[4]
+    assert (pixels == next_image).flatten(1).all(1).sum() == 2 and (aspect == 1).all()
+    assert "'cat/003.png': cannot identify image" in capsys.readouterr().out
 
 
-def test_max_images(class_folders):
-    whole, test = load_data(class_folders, image_size=32)
-    some, same_test = load_data(class_folders, image_size=32, max_images=10)
-    assert len(some) == 10 and len(set(some.names)) == 10 and same_test.names == test.names
-    assert set(labelled(some).items()) < set(labelled(whole).items())
-    assert {0, 1} == set(some.labels.tolist())  # not simply the first ones
-    fewer, _ = load_data(class_folders, image_size=32, max_images=5)
-    assert set(fewer.names) < set(some.names)
-    rows = [whole.names.index(name) for name in some.names]
-    assert torch.equal(all_images(some)[0], all_images(whole)[0][rows])
-    assert len(load_data(class_folders, image_size=32, max_images=100)[0]) == 24
+def test_an_image_lost_while_streaming_is_not_evaluated(class_folders):
+    train, _ = load(memory=0)
+    Path("images/train/cat/003.png").unlink()
+    rows = torch.tensor([2, 3, 20])
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())
+    (features,), labels = linear_probe.labelled_features(network, train, rows, 32, CPU)
+    assert len(features) == 2 and labels.tolist() == [0, 1]
 
 
-# ---- the drawn set
+def test_a_set_lost_while_streaming_ends_the_run(class_folders):
+    train, _ = load(memory=0)
+    os.rename("images", "elsewhere")
+    with pytest.raises(Failure, match="images/train: 20 images in a row cannot be read"):
+        next(train.load([torch.tensor([3, 7])], CPU, replace=True))
+
+
+# ---- synthetic images
 
 # Mean gray level of each class over the training images. To be renewed with the set:
 # [round(train.pixels[train.labels == c].float().mean().item()) for c in range(10)]
-BUILTIN_MEANS = [129, 128, 125, 139, 127, 126, 129, 142, 113, 154]
+SYNTHETIC_MEANS = [129, 128, 125, 139, 127, 126, 129, 142, 113, 154]
 
 
-def test_drawn_set():
+def test_synthetic_images():
+    """The same, whatever random numbers were drawn before."""
     torch.manual_seed(1)
-    train, test = load_data(None, image_size=32)
-    for image_set, count in (train, 5000), (test, 1000):
-        images, aspect = all_images(image_set)
-        assert images.shape == (count, 3, 32, 32) and (aspect == 1).all()
-        assert image_set.labels.bincount().tolist() == [count // 10] * 10
-        assert len(image_set.classes) == 10 and len(set(image_set.names)) == count
+    train, test = load(None)
+    for images, count in (train, 5000), (test, 1000):
+        assert images.pixels.shape == (count, 3, 32, 32) and (images.aspect == 1).all()
+        assert images.labels.bincount().tolist() == [count // 10] * 10
+        assert len(images.classes) == 10
     assert len({image.numpy().tobytes() for image in [*train.pixels, *test.pixels]}) == 6000
     means = [train.pixels[train.labels == c].float().mean().item() for c in range(10)]
-    assert means == pytest.approx(BUILTIN_MEANS, abs=1)
-    torch.manual_seed(2)
-    assert torch.equal(all_images(load_data(None, 32, max_images=50)[1])[0], test.pixels)
+    assert means == pytest.approx(SYNTHETIC_MEANS, abs=1)

@@ -1,463 +1,529 @@
-"""What a run leaves, what becomes of it when it is stopped and continued, and inside a program."""
+"""What a run leaves in its folder, and how it continues after it was stopped."""
 
+import functools
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import METHODS, ROOT, write_images
+from conftest import METHODS, write_images
 from PIL import Image
-from processes import run_processes
-from test_kill import SMALL, TIMINGS, same, state
 from torch import nn
 
 import common
 import linear_probe
+import simclr
+from common import Failure
 
-pytestmark = [pytest.mark.filterwarnings("error::FutureWarning"),
+pytestmark = [pytest.mark.usefixtures("class_folders", "no_report"),
+              pytest.mark.filterwarnings("error::FutureWarning"),
               pytest.mark.filterwarnings("error::DeprecationWarning")]
-all_methods = pytest.mark.parametrize("method", METHODS)
-# What common.py does for any method is tested with the first one, and in the torture with all.
-every_method = pytest.mark.parametrize("method", METHODS[:1] + [
-    pytest.param(method, marks=pytest.mark.torture) for method in METHODS[1:]])
 
-# 24 training images: three steps per epoch, log lines at steps 1, 2, 3, 4 and 6
-TINY = ("--data images --recipe demo -b 8 --epochs 2 --image-size 32 --workers 0 -p 2 "
-        "--device cpu").split()
-OUT = ["--out", "run"]
+# 24 images: three steps per epoch; log lines at steps 1, 2, 3, 4 and 6
+TINY = "--data images --recipe demo -b 8 --epochs 2 -p 2 --device cpu --out run".split()
+SMALL = {method: ["-a", "resnet8x0.25"] for method in METHODS}
+SMALL["mae"] = []  # its smallest ViT is the demonstration's
+TIMINGS = "seconds", "images_per_s"
 
 
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """run(method, *flags) -> exit status, stdout, stderr; with report=False without the report at
-    the end, which takes longer than the training"""
-    def start(method, *flags, report=False):
-        if not report:
-            monkeypatch.setattr(linear_probe, "evaluate", lambda *a, **k: {})
-        module, status = importlib.import_module(method), 0
-        small = [] if {"-a", "--resume"} & {*flags} else SMALL[method]
-        capsys.readouterr()
-        try:
-            common.main(module.train, module.parse_args, [*small, *flags])
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return start
+def start(method, *flags):
+    """A small run, in ./run."""
+    module = importlib.import_module(method)
+    module.train(module.parse_args([*TINY, *SMALL[method], *flags]))
 
 
-def assert_one_line(result, status, *words):
-    assert result[0] == status and result[2].count("\n") == 1, result[2]
-    assert result[2].startswith("error: ") and len(result[2]) < 520
-    for word in words:
-        assert word in result[2], result[2]
+def resume(method, *flags):
+    """Continue it; its flags are those of its checkpoint."""
+    module = importlib.import_module(method)
+    module.train(module.parse_args(["--resume", "--out", "run", "--device", "cpu", *flags]))
+
+
+def at_step(step, action):
+    """Something that happens right before this step, counted from 0: a stand-in for
+    common.batches."""
+    batches = common.batches
+
+    def with_action(*args):
+        for now, images, aspect in batches(*args):
+            if now == step:
+                action()
+            yield now, images, aspect
+
+    return with_action
+
+
+def ctrl_c():
+    raise KeyboardInterrupt
+
+
+def stop_after(steps, method, *flags):
+    """A run that is saved after each step, and that Ctrl-C ends."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "SAVE_SECONDS", 0)
+        patch.setattr(common, "batches", at_step(steps, ctrl_c))
+        with pytest.raises(KeyboardInterrupt):
+            start(method, *flags)
 
 
 def load(path):
     return torch.load(path, weights_only=True)
 
 
-def lines(folder="run"):
+def log(folder="run"):
     return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
 
 
-def tree(folder="."):
-    return {str(p): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+def contents(folder="run"):
+    """-> {name of a file: its bytes}"""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def watch(patch, before=lambda step: None):
-    """Calls before(step) ahead of steps 1, 2, ... -> the batches of images, as they come"""
-    batches, seen = common.batches, []
-
-    def watched(*arguments):
-        for step, images, aspect in batches(*arguments):
-            before(step + 1)
-            seen.append(images)
-            yield step, images, aspect
-
-    patch.setattr(common, "batches", watched)
-    return seen
+def state(folder="run"):
+    """All that two equal runs have in common."""
+    checkpoint = load(f"{folder}/checkpoint.pth")
+    del checkpoint["args"]
+    lines = log(folder)
+    for line in lines:
+        for name in TIMINGS:
+            line.pop(name, None)
+    return {"checkpoint": checkpoint, "backbone": load(f"{folder}/backbone.pth"), "log": lines,
+            "files": sorted(os.listdir(folder))}
 
 
-def interrupted(run, step, *flags):
-    """A run in ./run that Ctrl-C ends before this step; it is saved after each step."""
-    def interrupt(found):
-        if found == step:
-            raise KeyboardInterrupt
-
-    save = common.save_checkpoint
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "save_checkpoint", lambda *a: save(*a) - 1000)  # seconds ago
-        watch(patch, interrupt)
-        assert run(*flags, *TINY, *OUT)[::2] == (130, "")
-    assert load("run/checkpoint.pth")["step"] == step - 1
+def same(a, b):
+    """Equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
 
 
-KEPT = {}
-
-
-def once(folder, make, *key):
-    """What make() writes into this folder; many tests start from the same runs."""
-    if (folder, key) not in KEPT:
-        make()
-        KEPT[folder, key] = tree(folder)
-    Path(folder).mkdir(exist_ok=True)
-    for path, data in KEPT[folder, key].items():
-        Path(path).write_bytes(data)
-
-
-@pytest.fixture
-def undisturbed(run, class_folders):
-    """undisturbed(method, *flags): state of a run from start to end, in ./undisturbed"""
-    def finished(*flags):
-        once("undisturbed", lambda: run(*flags, *TINY, "--out", "undisturbed"), flags)
-        return state("undisturbed")
-
-    return finished
-
-
-@pytest.fixture
-def stopped(run, class_folders):
-    """stopped(method, *flags): a run in ./run that stopped after step 2 of 6"""
-    return lambda *flags: once("run", lambda: interrupted(run, 3, *flags), flags)
+@functools.cache
+def undisturbed(method, *flags):
+    """-> state of a run from start to end; the same for all tests."""
+    start(method, *flags, "--out", "undisturbed")
+    return state("undisturbed")
 
 
 # ---- what a run leaves
 
 
-@every_method
-def test_files_of_a_run(run, class_folders, method):
-    status, output, error = run(method, *TINY, report=True)
-    assert (status, error) == (0, "")
-    folder = Path("runs", method)
-    files = {path.name for path in folder.iterdir()}
-    assert {n for n in files if n[-3:] != "png"} == {"checkpoint.pth", "backbone.pth", "log.jsonl"}
-    with Image.open(folder / "views.png") as views:
-        assert min(views.size) > 128 and len(views.getcolors(2**20)) > 100
-
-    saved, backbone = load(folder / "checkpoint.pth"), load(folder / "backbone.pth")
-    assert {"method", "recipe", "args", "model", "optimizer", "step"} <= saved.keys()
-    assert (saved["method"], saved["step"], saved["recipe"]) == (method, 6, "demo")
-    assert saved["args"]["recipe"] == "demo" and saved["args"]["batch_size"] == 8
-    assert backbone and not any(k.startswith(("fc.", "module.", "backbone.")) for k in backbone)
-    for key, tensor in backbone.items():
-        assert any(same(tensor, v) for k, v in saved["model"].items() if k.endswith(key)), key
-
-    *training, report = lines(folder)
-    assert [(line["step"], line["epoch"]) for line in training] == [
-        (1, 1), (2, 1), (3, 1), (4, 2), (6, 2)]
-    assert all({"loss", "lr", *TIMINGS} < line.keys() for line in training)  # and a health number
-    assert all(line["images_per_s"] > 0 for line in training)
-    assert report["step"] == 6 and report["report"].keys() >= {"trained", "random", "pixels"}
-    for row in "trained", "random", "pixels":
-        assert 0 <= report["report"][row]["knn"] <= 100 and f"  {row}\n" in output
-    assert output.count("kNN") >= 3 and f"--recipe demo, --out runs/{method}\n" in output
-    for part in "epoch 2/2", "step 2/6", "chance", "images/s", f"{training[0]['loss']:.4f}":
-        assert part in output, part
+def test_files_of_a_run():
+    start("simclr")
+    assert sorted(contents()) == ["backbone.pth", "checkpoint.pth", "log.jsonl", "views.png"]
 
 
-@all_methods
-def test_first_line_is_near_chance(run, class_folders, method):
-    output = run(method, *TINY, "--epochs", "1", "--lr", "0")[1]
-    words = output[output.index("step 1/3"):].split()
-    loss, chance = float(words[3]), float(words[5].strip("()"))
-    low = 0 if method == "moco" else 0.3  # the queue is noise at first
-    assert low * chance - 0.1 < loss < 3 * chance + 0.1  # SimSiam's chance is 0
+def test_checkpoint():
+    """Tensors and plain values, and no flags that are only for this machine."""
+    start("simclr", "--lr", "0.1")
+    saved = load("run/checkpoint.pth")
+    assert list(saved) == ["method", "recipe", "args", "step", "images", "model", "optimizer"]
+    assert (saved["method"], saved["recipe"], saved["step"]) == ("simclr", "demo", 6)
+    assert saved["images"].startswith("24 images, ")
+    flags = vars(simclr.parse_args(TINY)).keys()
+    this_machine = {"out", "resume", "init", "device", "workers", "memory"}
+    assert saved["args"].keys() == flags - this_machine
+    assert saved["args"]["lr"] == 0.1
 
 
-@every_method
-@pytest.mark.parametrize("image_size", [32, 72])
-def test_backbone_loads_into_torchvision(run, tmp_path, method, image_size):
-    if method == "mae":
-        pytest.skip("has ViTs only")
-    write_images(tmp_path / "images", 8)
-    flags = ["--image-size", str(image_size), "-a", "resnet18", "--epochs", "1"]
-    assert run(method, *TINY, *flags)[0] == 0
-    weights, theirs = load(f"runs/{method}/backbone.pth"), torchvision.models.resnet18()
+@pytest.mark.parametrize("method", METHODS)
+def test_backbone_is_the_network_that_is_evaluated(monkeypatch, method):
+    evaluated = []
+
+    def evaluate(backbone, *args, **kwargs):
+        evaluated.append(backbone.state_dict())
+        return {}
+
+    monkeypatch.setattr(linear_probe, "evaluate", evaluate)
+    start(method, "--epochs", "1")
+    backbone = load("run/backbone.pth")
+    assert same(backbone, dict(evaluated[0]))
+    assert not any(name.startswith(("fc.", "module.", "backbone.")) for name in backbone)
+
+
+def test_backbone_loads_into_torchvisions_resnet():
+    write_images(Path("large"), 8, size=(72, 72))
+    start("simclr", "--data", "large", "--image-size", "72", "-a", "resnet18", "--epochs", "1")
+    weights = load("run/backbone.pth")
+    theirs = torchvision.models.resnet18()
     theirs.fc = nn.Identity()
-    if image_size == 32:
-        theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     theirs.load_state_dict(weights)
-    ours = common.make_backbone("resnet18", image_size).eval()
+    ours = common.make_backbone("resnet18", 72)
     ours.load_state_dict(weights)
-    assert not torch.equal(weights["bn1.running_var"], torch.ones(64))  # trained
-    x = torch.randn(2, 3, image_size, image_size)
-    torch.testing.assert_close(ours(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(weights["bn1.running_mean"], torch.zeros(64))  # trained
+    x = torch.randn(2, 3, 72, 72)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
-# ---- inside another program, and on other systems
+def test_views():
+    """A row for each class: an image as it is, and its two views."""
+    start("simclr")
+    picture = np.asarray(Image.open("run/views.png"))
+    assert picture.shape == (2 * (128 + 4) + 4, 3 * (128 + 4) + 4, 3)
+    image = np.asarray(Image.open("images/train/cat/000.png"))
+    columns = [picture[4:132:4, left : left + 128 : 4] for left in (4, 136, 268)]
+    assert (columns[0] == image).all()
+    for view in columns[1:]:
+        assert view.std() > 10 and (view != image).any()
 
 
-def test_in_a_thread_of_another_program(class_folders):
-    """It raises and does not exit, and leaves no signal handler, folder, thread behind."""
-    import simclr
-
-    def surroundings():
-        handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-        return handlers, sys.excepthook, os.getcwd(), torch.get_num_threads(), threading.enumerate()
-
-    def work():
-        try:
-            simclr.train(simclr.parse_args([*TINY, *SMALL["simclr"], *OUT]))
-        except common.Failure as error:
-            failures.append(str(error))
-
-    before, failures = surroundings(), []
-    for _ in range(2):
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join(60)
-        assert surroundings() == before and "report" in lines()[-1]
-    assert failures == ["--out run holds a run: add --resume, or choose another folder"]
+def test_log():
+    start("simclr")
+    lines = [line for line in log() if "loss" in line]
+    assert [(line["step"], line["epoch"]) for line in lines] == [
+        (1, 1), (2, 1), (3, 1), (4, 2), (6, 2)]
+    for line in lines:
+        assert list(line) == ["step", "epoch", "loss", "positive_found", "lr", *TIMINGS]
+        assert line["images_per_s"] > 0
+    assert log()[-1] == {"step": 6, "report": {}}
 
 
-def test_without_what_only_linux_has(class_folders):
-    """As a script, where warnings of what will vanish are errors."""
-    code = """if True:
-        import os, runpy, signal, sys, torch, torchvision, warnings
-        sys.modules |= dict.fromkeys(["fcntl", "resource", "pwd", "grp", "termios"])
-        del os.sysconf, os.fork, os.killpg, os.setsid, signal.SIGKILL
-        warnings.simplefilter("error", FutureWarning)
-        warnings.simplefilter("error", DeprecationWarning)
-        torch.set_num_threads(1)
-        sys.argv.pop(0)
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    """
-    arguments = [str(ROOT / "simclr.py"), *TINY, *SMALL["simclr"], *OUT]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert (done.returncode, done.stderr) == (0, "") and "  trained\n" in done.stdout
+def test_screen(capsys):
+    start("simclr")
+    lines = capsys.readouterr().out.splitlines()
+    assert "recipe demo: resnet8x0.25, views of 32 pixels; in run" in lines
+    pattern = (r"epoch 2/2  step 4/6  loss \d\.\d{4} \(chance 2\.7081\)  positive found 0\.\d{4}  "
+               r"lr \S+  [\d,]+ images/s  0:00:\d\d left")
+    assert sum(re.fullmatch(pattern, line) is not None for line in lines) == 1
 
 
-# ---- stopped and continued
+def test_knn_at_the_end_of_each_epoch(capsys):
+    start("simclr")
+    output = capsys.readouterr().out
+    lines = [line for line in log() if "knn" in line]
+    assert [(line["step"], line["epoch"]) for line in lines] == [(3, 1), (6, 2)]
+    for line in lines:
+        assert list(line) == ["step", "epoch", "knn", "untrained"]
+        assert 0 <= line["knn"] <= 100
+        assert f"kNN so far {line['knn']:.1f} (untrained {line['untrained']:.1f})\n" in output
+    assert lines[0]["untrained"] == lines[1]["untrained"]
 
 
-@pytest.mark.parametrize("method, step", [
-    pytest.param(method, step, marks=pytest.mark.torture if step != 2 + i % 4 or i % 2 else ())
-    for i, method in enumerate(METHODS) for step in range(1, 7)])
-def test_stopped_and_continued_equals_undisturbed(run, undisturbed, monkeypatch, method, step):
-    """With other --workers, the images decoded anew for each batch, and a torn log line."""
-    expected = undisturbed(method)
-    interrupted(run, step, method)
-    with open("run/log.jsonl", "a") as log:
-        log.write('{"step": 5, "lo')
-    monkeypatch.setattr(common, "free_memory", lambda device: 0)
-    monkeypatch.setattr(common.ImageSet, "workers", 1)  # small sets are given none
-    output = run(method, *OUT, "--resume", "--workers", "1", "--device", "cpu")[1]
-    assert f"continuing run after step {step - 1}; changed: nothing\n" in output
-    assert same(state("run"), expected)
+@pytest.mark.parametrize("method", METHODS)
+def test_knn_changes_nothing(monkeypatch, method):
+    """Without labels there is none, and the weights are the same."""
+    monkeypatch.setattr(linear_probe, "quick_knn", lambda *args, **kwargs: None)
+    start(method, "--out", "without")
+    assert same(load("without/backbone.pth"), undisturbed(method)["backbone"])
+    assert not any("knn" in line for line in log("without"))
 
 
-@every_method
-def test_seed_order_and_streaming(run, undisturbed, monkeypatch, method):
-    """Each epoch shows each image once, in an order of its own; another seed, other weights."""
-    expected, seen = undisturbed(method), watch(monkeypatch)
-    monkeypatch.setattr(common, "free_memory", lambda device: 0)
-    monkeypatch.setattr(common.ImageSet, "workers", 2)
-    assert run(method, *TINY, *OUT)[::2] == (0, "")
-    assert same(state("run"), expected)
-    one, two = torch.cat(seen).flatten(1).long().sum(1).view(2, 24).tolist()
-    assert sorted(one) == sorted(two) and len({*one}) == 24 and one != two
-    assert run(method, *TINY, "--out", "other", "--seed", "1")[0] == 0
-    assert not same(load("other/backbone.pth"), expected["backbone"])
+def test_images_without_labels(capsys):
+    """Fewer of them than the picture of the views has rows."""
+    write_images(Path("unlabelled"), 2)
+    start("simclr", "--data", "unlabelled", "-b", "2")
+    assert "kNN" not in capsys.readouterr().out
+    assert [line["step"] for line in log()] == [1, 2, 2]
+    assert Path("run/views.png").exists()
 
 
-def test_flags_given_on_resuming_win_and_are_named(run, stopped):
-    stopped("simclr", "--lr", "0.05", "--no-deterministic")
-    flags = "--epochs 4 --lr 0.2 -p 1 -b 8 --data images".split()
-    output = run("simclr", *OUT, "--resume", *flags)[1]
-    assert "after step 2; changed: --epochs --lr --print-freq\n" in output
-    args = load("run/checkpoint.pth")["args"]
-    assert (args["epochs"], args["lr"], args["arch"]) == (4, 0.2, "resnet8x0.25")
-    assert [line["step"] for line in lines()[:-1]] == [*range(1, 13)]
-    before = tree("run")
-    shutil.copytree("images", "others")  # as many images, of other names
-    os.rename("others/train/cat/000.png", "others/train/cat/zero.png")
-    for flag, value, words in (("--epochs", "3", "--epochs 3: "), ("-a", "resnet8", "does not fit"),
-                               ("--max-images", "16", "not 16 images, "),
-                               ("--data", "others", "run was trained on 24 images, "),
-                               ("--recipe", "cifar", "--recipe cifar: the run in run has demo"),
-                               ("--wd", "0.3", "--weight-decay 0.3: the run in run has 0.0005"),
-                               ("-b", "26", "--batch-size 26: there are"),
-                               ("-b", "12", "--batch-size 12: the run in run has 8"),
-                               ("--optimizer", "lars", "--optimizer lars: the run in run has")):
-        assert_one_line(run("simclr", *OUT, "--resume", flag, value), 1, words)
-        assert tree("run") == before
-    before = state("run")  # once finished, it is only evaluated again
-    assert "loss" not in run("simclr", *OUT, "--resume")[1] and same(state("run"), before)
+def test_seed():
+    start("simclr", "--seed", "1")
+    assert not same(load("run/backbone.pth"), undisturbed("simclr")["backbone"])
 
 
-def test_resume_alone_continues_the_latest_run_with_its_flags(run, undisturbed):
-    flags = ["--wd", "0.01", "--max-images", "16", "--seed", "3", "--deterministic"]
-    try:
-        expected = undisturbed("simclr", *flags)
-        assert run("simclr", *TINY, "--epochs", "1", "--out", "runs/simclr-2")[0] == 0
-        interrupted(run, 2, "simclr", *flags)
-        shutil.move("run", "runs/simclr")
-        assert_one_line(run("simclr", *TINY, "--init", "missing.pth"), 1, "missing.pth")
-        torch.use_deterministic_algorithms(False)
-        assert run("simclr", "--resume", "--device", "cpu")[::2] == (0, "")
-        assert torch.are_deterministic_algorithms_enabled() and len(os.listdir("runs")) == 2
-        assert same(state("runs/simclr"), expected)
-    finally:
-        torch.use_deterministic_algorithms(False)
+# ---- when it is saved
 
 
-def test_folders_of_runs(run, class_folders):
-    """The next free one; --resume where there is nothing; one that holds a run; 0 epochs."""
-    flags = [*TINY, "--epochs", "0"]
-    for folder, *more in ["simclr", "--resume"], ["simclr-2"], ["simclr-3", "--seed", "1"]:
-        assert run("simclr", *flags, "-a", "resnet8x0.25", *more)[::2] == (0, "")
-        assert load(f"runs/{folder}/checkpoint.pth")["step"] == 0
-    assert len(os.listdir("runs")) == 3
-    a, b, c = (load(f"runs/simclr{number}/backbone.pth") for number in ("", "-2", "-3"))
-    assert same(a, b) and not same(a, c)
-    before = tree()
-    assert_one_line(run("simclr", *TINY, "--out", "runs/simclr"), 1, "runs/simclr", "--resume")
-    assert_one_line(run("byol", "--out", "runs/simclr", "--resume"), 1, "no run of byol.py")
-    assert tree() == before
+def test_nothing_is_saved_before_training_has_begun(monkeypatch):
+    found = []
+    monkeypatch.setattr(common, "batches", at_step(0, lambda: found.extend(sorted(contents()))))
+    start("simclr")
+    assert found == ["log.jsonl", "views.png"]
 
 
-def test_two_runs_that_start_together_do_not_share_a_folder(run, class_folders, monkeypatch):
-    """The other one has made it since this one's name was chosen."""
-    load_data = common.load_data
-    monkeypatch.setattr(common, "load_data", lambda *args: (
-        os.makedirs("runs/simclr"), load_data(*args))[1])
-    assert_one_line(run("simclr", *TINY), 1, "runs/simclr")
+@pytest.mark.parametrize("seconds, expected", [
+    (10, [6]), (30, [5, 6]), (100, [2, 4, 6, 6]), (130, [1, 2, 3, 4, 5, 6, 6])])
+def test_saved_every_two_minutes_and_at_the_end(monkeypatch, seconds, expected):
+    """Steps of so many seconds."""
+    now = [0]
+    saved = []
+    batches = common.batches
+
+    def slow_batches(*args):
+        for batch in batches(*args):
+            now[0] += seconds
+            yield batch
+
+    def save_checkpoint(args, step, *rest):
+        saved.append(step)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(common, "batches", slow_batches)
+    monkeypatch.setattr(common, "save_checkpoint", save_checkpoint)
+    start("simclr")
+    assert saved == expected
 
 
 # ---- beginnings
 
 
-def test_to_resume_the_init_file_is_not_needed(run, undisturbed):
-    expected = undisturbed("simclr")
-    shutil.copy("undisturbed/backbone.pth", "start.pth")
-    interrupted(run, 3, "simclr", "--init", "start.pth")
-    os.remove("start.pth")
-    assert run("simclr", *OUT, "--resume")[::2] == (0, "")
-    assert not same(load("run/backbone.pth"), expected["backbone"])
-
-
-@every_method
-def test_init(run, undisturbed, method):
-    expected = undisturbed(method)["backbone"]
+@pytest.mark.parametrize("method", METHODS)
+def test_no_epochs_leave_the_network_of_the_beginning(method):
+    """It is the file's that --init names: a backbone.pth, or a checkpoint.pth, in which it is one
+    of several networks."""
+    start(method, "--epochs", "1", "--out", "first")
+    backbone = load("first/backbone.pth")
     for file in "backbone.pth", "checkpoint.pth":
-        flags = ["--init", f"undisturbed/{file}", "--seed", "7", "--epochs", "0"]
-        assert run(method, *TINY, *flags, "--out", file)[::2] == (0, "")
-        assert same(load(f"{file}/backbone.pth"), expected)
-    other = "vit_tiny" if method == "mae" else "resnet18"
-    assert_one_line(run(method, *TINY, *flags, "-a", other), 1, "undisturbed/checkpoint.pth")
+        start(method, "--epochs", "0", "--seed", "7", "--init", f"first/{file}", "--out", file)
+        assert same(load(f"{file}/backbone.pth"), backbone)
+        assert load(f"{file}/checkpoint.pth")["step"] == 0
+        assert log(file) == [{"step": 0, "report": {}}]
 
 
-@pytest.mark.parametrize("count", [1, 2, 16])
-def test_few_images_without_labels(run, tmp_path, count):
-    """Fewer than views.png has rows; and no accuracy, but what to do next."""
-    write_images(tmp_path / "images", count)
-    result = run("simclr", *TINY, "-b", "2", report=True)
-    if count == 1:
-        return assert_one_line(result, 1, "1 training images")
-    assert result[::2] == (0, "") and Path("runs/simclr/views.png").exists()
-    assert "linear_probe.py --neighbours" in result[1] and "nan" not in result[1]
-    assert lines("runs/simclr")[-1]["report"] == {}
+def test_no_epochs_leave_the_untrained_network():
+    start("simclr", "--epochs", "0")
+    torch.manual_seed(0)
+    untrained = common.make_backbone("resnet8x0.25", 32)
+    assert same(load("run/backbone.pth"), dict(untrained.state_dict()))
 
 
-@pytest.mark.parametrize("side, recipe", [(24, "cifar"), (64, "cifar"), (65, "imagenet")])
-def test_recipe_on_a_gpu_is_that_of_the_images(monkeypatch, side, recipe):
-    write_images(Path("images"), 3, size=(side, 2 * side))
-    chosen = importlib.import_module("simclr").parse_args
-    assert chosen(["--data", "images", "--device", "cpu"]).recipe == "demo"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    args = chosen(["--data", "images", "--lr", "0.3"])
-    assert (args.recipe, args.lr) == (recipe, 0.3) and args.arch != "resnet8"
-    assert chosen(["--data", "cifar10"]).recipe == "cifar" and chosen([]).recipe == "demo"
-    assert chosen(["--data", "images", "--recipe", "demo"]).arch == "resnet8"
+@pytest.mark.parametrize("flags", ["--data nowhere", "-a resnet49", "--init nowhere", "-b 1"])
+def test_a_mistake_leaves_no_folder(flags):
+    before = os.listdir()
+    for out in [], ["--out", "run"]:
+        with pytest.raises(Failure):
+            simclr.train(simclr.parse_args(["--data", "images", *flags.split(), *out]))
+        assert os.listdir() == before
 
 
-@every_method
-def test_help(run, method):
-    status, output, error = run(method, "--help")
-    output = " ".join(output.split())
-    assert (status, error) == (0, "")
-    places = [output.rindex(part) for part in (
-        "data: --data", "--max-images", "run: --recipe", "--print-freq", "method: --")]
-    assert places == sorted(places)
-    if method == "simclr":
-        assert "softmax temperature, τ; default 0.2 (recipe demo); paper 0.1" in output
-        output = run(method, "--help", "--recipe", "cifar")[1]
-        assert "default 0.5 (recipe cifar)" in " ".join(output.split())
+def test_two_runs_at_once(monkeypatch):
+    """The other one starts while the first one trains. It gets a folder of its own, and is refused
+    where it asks for the same."""
+    flags = [flag for flag in TINY if flag not in ("--out", "run")] + SMALL["simclr"]
+
+    def start_another():
+        monkeypatch.undo()
+        with pytest.raises(Failure, match="^--out runs/simclr holds a run: add --resume"):
+            simclr.parse_args([*flags, "--out", "runs/simclr"])
+        simclr.train(simclr.parse_args([*flags, "--seed", "1"]))
+
+    monkeypatch.setattr(linear_probe, "evaluate", lambda *args: {})
+    monkeypatch.setattr(common, "batches", at_step(2, start_another))
+    simclr.train(simclr.parse_args(flags))
+    assert sorted(os.listdir("runs")) == ["simclr", "simclr-2"]
+    assert same(state("runs/simclr"), undisturbed("simclr"))
 
 
-# ---- what goes wrong
+# ---- stopped and continued
 
 
-@pytest.mark.parametrize("error, status, text", [
-    (KeyboardInterrupt(), 130, ""), (common.Failure("two\nlines"), 1, "error: two lines\n"),
-    (OSError(28, "No space left", "x"), 1, "error: [Errno 28] No space left: 'x'\n"),
-    (MemoryError(), 1, "error: out of memory\n"),
-    (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: CUDA out of memory\n")])
-def test_exit_status(capsys, error, status, text):
-    def fail(args):
-        raise error
-
-    with pytest.raises(SystemExit) as end:
-        common.main(fail, lambda argv: None)
-    assert (end.value.code, capsys.readouterr().err) == (status, text)
-    with pytest.raises(SystemExit):
-        common.main(lambda args: torch.empty(2**60), lambda argv: None)
-    assert "memory" in capsys.readouterr().err
-    with pytest.raises(RuntimeError):  # a mistake of ours: its traceback is wanted
-        common.main(lambda args: torch.ones(2) @ torch.ones(3), lambda argv: None)
+@pytest.mark.parametrize("method", METHODS)
+def test_continues_bit_for_bit(method):
+    """Also where the images are now decoded anew for each batch."""
+    stop_after(4, method)
+    assert load("run/checkpoint.pth")["step"] == 4
+    resume(method, "--memory", "0")
+    assert same(state(), undisturbed(method))
 
 
-@every_method
-@pytest.mark.parametrize("last, words", [
-    (4, "loss is nan at step 6"), (6, "weights are not finite at step 6")])
-def test_divergence(run, class_folders, monkeypatch, method, last, words):
-    """The run stops at the next log line or save; its last good checkpoint stays."""
-    module, models, write = importlib.import_module(method), [], common.log
-    make = module.make_optimizer
-
-    def keep(*arguments):
-        models.extend(a for a in arguments if isinstance(a, nn.Module))
-        return make(*arguments)
-
-    def log_and_spoil(args, done, *arguments, **health):
-        write(args, done, *arguments, **health)
-        if done == last:
-            with torch.no_grad():
-                next(models[0].parameters()).fill_(float("nan"))
-
-    monkeypatch.setattr(module, "make_optimizer", keep)
-    monkeypatch.setattr(common, "log", log_and_spoil)
-    assert_one_line(run(method, *TINY, *OUT), 1, words, "--lr")
-    saved = load("run/checkpoint.pth")
-    assert saved["step"] == 3 and all(v.isfinite().all() for v in saved["model"].values())
-    assert "NaN" not in Path("run/log.jsonl").read_text()
+VERSIONS = [
+    ["simclr", "--optimizer", "lars"],
+    ["moco", "--version", "1", "--bn-groups", "4", "--queue-size", "20"],  # wraps round
+    ["moco", "--version", "3", "-a", "vit_micro", "--optimizer", "adamw", "--hidden-dim", "32"],
+    ["byol", "--optimizer", "lars"],
+    ["swav", "--optimizer", "lars", "--queue-size", "16", "--small-crops", "1"],
+    ["barlow", "--loss", "vicreg"],
+    ["dino", "-a", "vit_micro", "--drop-path", "0.2", "--weight-decay-end", "0.4"],
+    ["mae", "--objective", "simmim"],
+    ["jigsaw", "--task", "relative"],
+]
 
 
-# ---- several processes
+@pytest.mark.torture
+@pytest.mark.parametrize("version", [[method] for method in METHODS] + VERSIONS)
+def test_continues_bit_for_bit_after_each_step(version):
+    for steps in range(1, 6):
+        stop_after(steps, *version)
+        resume(version[0])
+        assert same(state(), undisturbed(*version))
+        shutil.rmtree("run")
 
 
-def read_by_a_share(folder):
-    os.chdir(folder)
-    train, test = common.load_data("images", 32)
-    images, aspect = next(train.load([range(len(train))], torch.device("cpu")))
-    return images.tolist(), aspect.tolist(), train.labels.tolist(), len(test)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_continues_with_other_workers(monkeypatch, workers):
+    load_data = common.load_data
+
+    def load_data_with_workers(*args):
+        train, test = load_data(*args)
+        train.workers = workers  # so few images get none
+        return train, test
+
+    stop_after(2, "simclr")
+    monkeypatch.setattr(common, "load_data", load_data_with_workers)
+    resume("simclr", "--memory", "0")
+    assert same(state(), undisturbed("simclr"))
 
 
-def test_processes_share_the_decoding(class_folders, tmp_path):
-    """There may be fewer test images than processes."""
-    for name in "train/cat/000.png", "train/cat/001.png":
-        (class_folders / name).write_text("no image")
-    shutil.rmtree(class_folders / "val")
-    write_images(class_folders / "val" / "dog", 1)
-    one, *others = run_processes(3, read_by_a_share, str(tmp_path))
-    assert [one, one, read_by_a_share(tmp_path)] == [*others, one] and len(one[2]) == 22 and one[3] == 1
+def test_lines_beyond_the_checkpoint_are_dropped():
+    """And a torn last one."""
+    stop_after(4, "simclr")
+    with open("run/log.jsonl", "a") as file:
+        file.write('{"step": 5, "epoch": 2, "loss": 1.0}\n')
+        file.write('{"step": 6, "epoch": 2, "knn": 50.0, "untrained": 50.0}\n')
+        file.write('{"step": 6, "epoch": 2, "lo')
+    resume("simclr")
+    assert same(state(), undisturbed("simclr"))
+
+
+def test_stopped_before_it_was_saved(monkeypatch, capsys):
+    """It starts anew, and no line of the first attempt is left."""
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "batches", at_step(5, ctrl_c))
+        with pytest.raises(KeyboardInterrupt):
+            start("simclr")
+    assert [line["step"] for line in log()] == [1, 2, 3, 3, 4]
+    start("simclr", "--resume")
+    assert "--resume: run holds no checkpoint; the run starts anew\n" in capsys.readouterr().out
+    assert same(state(), undisturbed("simclr"))
+
+
+def test_resume_where_there_is_nothing(capsys):
+    start("simclr", "--resume")
+    assert "--resume: run holds no checkpoint; the run starts anew\n" in capsys.readouterr().out
+    assert same(state(), undisturbed("simclr"))
+
+
+def test_resume_alone_continues_the_latest_run(capsys):
+    start("simclr", "--out", "runs/simclr")
+    stop_after(2, "simclr", "--seed", "3", "--wd", "0.01", "--out", "runs/simclr-2")
+    before = contents("runs/simclr")
+    simclr.train(simclr.parse_args(["--resume", "--device", "cpu"]))
+    assert "continuing runs/simclr-2 after step 2\n" in capsys.readouterr().out
+    assert same(state("runs/simclr-2"), undisturbed("simclr", "--seed", "3", "--wd", "0.01"))
+    assert contents("runs/simclr") == before
+
+
+def test_a_finished_run_is_only_evaluated_again(monkeypatch):
+    start("simclr")
+    monkeypatch.setattr(common, "log", None)
+    resume("simclr")
+    assert same(state(), undisturbed("simclr"))
+
+
+def test_a_finished_run_with_more_epochs():
+    """The report is now that of its end."""
+    start("simclr")
+    resume("simclr", "--epochs", "3")
+    reports = [line for line in log() if "report" in line]
+    assert reports == [{"step": 9, "report": {}}] == log()[-1:]
+
+
+def test_to_resume_the_init_file_is_not_needed():
+    start("simclr", "--seed", "1", "--out", "first")
+    stop_after(2, "simclr", "--init", "first/backbone.pth")
+    shutil.copytree("run", "other")
+    resume("simclr")
+    shutil.rmtree("first")
+    resume("simclr", "--out", "other")
+    assert same(state("other"), state())
+    assert not same(state(), undisturbed("simclr"))
+
+
+# ---- the flags of a run that is continued
+
+
+def test_resume_finds_the_flags_of_a_version():
+    flags = "--version 1 --bn-groups 4 --queue-size 20 --temperature 0.3 --proj-dim 24".split()
+    stop_after(4, "moco", *flags)
+    resume("moco")
+    assert same(state(), undisturbed("moco", *flags))
+    args = load("run/checkpoint.pth")["args"]
+    assert (args["version"], args["bn_groups"], args["queue_size"]) == (1, 4, 20)
+
+
+def test_flags_given_on_resuming_win():
+    stop_after(2, "simclr", "--lr", "0.05")
+    resume("simclr", "--epochs", "4", "--lr", "0.2", "-p", "1")
+    args = load("run/checkpoint.pth")["args"]
+    assert (args["epochs"], args["lr"], args["arch"]) == (4, 0.2, "resnet8x0.25")
+    assert [line["step"] for line in log() if "loss" in line] == [*range(1, 13)]
+
+
+def test_what_resume_cannot_change():
+    """It is refused in one line, and the files stay as they are."""
+    stop_after(4, "simclr")
+    before = contents()
+    shutil.copytree("images", "others")  # as many images, one of another name
+    os.rename("others/train/cat/000.png", "others/train/cat/zero.png")
+    for flags, words in [
+            ("--data others", "run was trained on 24 images, .*, not 24 images, "),
+            ("--max-images 16", "run was trained on 24 images, .*, not 16 images, "),
+            ("-b 12", "--batch-size 12: the run in run has 8, which --resume cannot change"),
+            ("-b 99", "--batch-size 24: the run in run has 8"),
+            ("--optimizer lars", "--optimizer lars: the run in run has sgd"),
+            ("--wd 0.3", "--weight-decay 0.3: the run in run has 0.0005"),
+            ("--recipe cpu", "--recipe cpu: the run in run has demo"),
+            ("--epochs 1", "--epochs 1: the run in run has done more already")]:
+        with pytest.raises(Failure, match=f"^{words}") as failure:
+            resume("simclr", *flags.split())
+        assert "\n" not in str(failure.value)
+        assert contents() == before
+
+
+def test_run_of_another_method():
+    start("simclr")
+    before = contents()
+    with pytest.raises(Failure, match="^run/checkpoint.pth holds no run of byol.py$"):
+        resume("byol")
+    assert contents() == before
+
+
+# ---- divergence
+
+
+@pytest.mark.parametrize("save_seconds, words", [
+    (120, "loss is nan at step 6 "), (0, r"\S+ is not finite at step 4: ")])
+def test_divergence(monkeypatch, save_seconds, words):
+    """The run ends at the next line of the log or save; the last good checkpoint stays."""
+    start("simclr", "--epochs", "1")
+    weights = {name: contents()[name] for name in ("backbone.pth", "checkpoint.pth")}
+    monkeypatch.setattr(common, "SAVE_SECONDS", save_seconds)
+    with pytest.raises(Failure, match=f"^{words}.*try a lower --lr; run keeps") as failure:
+        resume("simclr", "--epochs", "2", "--lr", "nan")
+    assert "\n" not in str(failure.value)
+    assert load("run/checkpoint.pth")["step"] == 3
+    assert contents().items() >= weights.items()
+    assert [line["step"] for line in log()] == [1, 2, 3, 3, 4]
+    assert "NaN" not in Path("run/log.jsonl").read_text().replace('"lr": NaN', "")
+
+
+# ---- inside another program
+
+
+def surroundings():
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    return handlers, sys.excepthook, os.getcwd(), torch.get_num_threads(), threading.enumerate()
+
+
+def test_in_a_thread_of_another_program():
+    """It raises and does not exit, and changes nothing that is not its own."""
+    ends = []
+
+    def work():
+        try:
+            start("simclr")
+            ends.append("done")
+        except Failure as failure:
+            ends.append(str(failure))
+
+    before = surroundings()
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(60)
+        assert surroundings() == before
+    assert ends == ["done", "--out run holds a run: add --resume, or choose another folder"]

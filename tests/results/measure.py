@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -56,14 +57,17 @@ def no_predictor(byol):
 
 
 def no_sinkhorn(swav):
-    swav.sinkhorn = lambda scores, epsilon, iterations: (scores / epsilon).softmax(1)
+    def softmax(scores, epsilon, iterations):
+        return (scores / epsilon).softmax(1)
+
+    swav.sinkhorn = softmax
 
 
 # Name, which starts with the script's: flags, or what removes a part that has no flag, since nobody
 # should run without it; the health number, by its name on the log line; what the run asks.
 ABLATIONS = {
     "simclr-no-jitter": ("--jitter-strength 0", "positive_found",
-                         "without colour jitter, do colours alone find the other view?"),
+                         "without color jitter, do colors alone find the other view?"),
     "moco-one-bn-group": ("--bn-groups 1", "positive_found",
                           "in one BN batch, which shuffling cannot mix, do statistics leak?"),
     "byol-no-predictor": (no_predictor, "spread", "is it the predictor that prevents collapse?"),
@@ -163,52 +167,64 @@ def machine():
     return os.cpu_count(), {"hardware": name or cpu, "torch": torch, "torchvision": torchvision}
 
 
+def start(name, command, args, threads):
+    """-> the process of a run, which continues what an earlier call has left."""
+    script, *flags = shlex.split(command)
+    flags = [args.data if flag == "cifar10" else flag for flag in flags]
+    out = args.out / name
+    out.mkdir(parents=True, exist_ok=True)
+    with open(args.out / f"{name}.txt", "a") as screen:
+        return subprocess.Popen(
+            [sys.executable, ROOT / script, *flags, "--out", out, "--resume"],
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=screen, stderr=screen)
+
+
+def keep(name, command, seconds, args, facts):
+    """Write run.json of a run that has ended or was stopped, and keep its log if it is whole -> a
+    line about it."""
+    out = args.out / name
+    seconds += read_record(out).get("wall_seconds", 0)  # of earlier calls
+    record = {"command": shlex.join(["python", *shlex.split(command)]), **facts,
+              "date": time.strftime("%Y-%m-%d"), "wall_seconds": round(seconds, 1)}
+    (out / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+    log = read_log(out)
+    if log is None:
+        said = "".join((args.out / f"{name}.txt").read_text().splitlines()[-1:])
+    else:
+        (args.results / name).mkdir(parents=True, exist_ok=True)
+        for file in "log.jsonl", "run.json":
+            shutil.copy(out / file, args.results / name / file)
+        trained = log["report"]["trained"]
+        said = f"kNN {trained['knn']:.1f}, probe {trained['probe']:.1f}"
+    return f"{name}: {said}, {seconds / 60:.1f} minutes"
+
+
 def measure(args):
     """Run what is missing, `jobs` at a time with an equal share of the cores -> the exit status."""
-    todo, (cores, facts) = missing(args.group, args.results, args.only), machine()
-    threads, running, failed, begin = max(1, cores // args.jobs), {}, 0, time.monotonic()
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-
-    def start(name, command):
-        words, out = shlex.split(command), args.out / name
-        shown = shlex.join(["python", *words])
-        words = [args.data if word == "cifar10" else word for word in words]
-        record = {"command": shown, **facts, "threads": threads, "jobs": args.jobs,
-                  "date": time.strftime("%Y-%m-%d"),
-                  "wall_seconds": read_record(out).get("wall_seconds", 0)}  # of earlier calls
-        out.mkdir(parents=True, exist_ok=True)
-        with open(args.out / f"{name}.txt", "a") as screen:
-            process = subprocess.Popen(
-                [sys.executable, ROOT / words[0], *words[1:], "--out", out, "--resume"],
-                env=env, stdout=screen, stderr=subprocess.STDOUT)
-        running[name] = process, time.monotonic(), record
-
-    def end(name):
-        nonlocal failed
-        process, since, record = running.pop(name)
-        record["wall_seconds"] = round(record["wall_seconds"] + time.monotonic() - since, 1)
-        (args.out / name / "run.json").write_text(json.dumps(record, indent=1) + "\n")
-        if process.returncode == 0 and (log := read_log(args.out / name)):
-            (args.results / name).mkdir(parents=True, exist_ok=True)
-            for file in "log.jsonl", "run.json":
-                shutil.copy(args.out / name / file, args.results / name / file)
-            trained = log["report"]["trained"]
-            said = f"kNN {trained['knn']:.1f}, probe {trained['probe']:.1f}"
-        else:
-            failed += process.returncode > 0
-            said = "".join((args.out / f"{name}.txt").read_text().splitlines()[-1:])
-        print(f"{name}: {said}, {record['wall_seconds'] / 60:.1f} minutes", flush=True)
-
-    while todo and time.monotonic() - begin < 60 * args.minutes or running:
+    todo = missing(args.group, args.results, args.only)
+    cores, facts = machine()
+    threads = max(1, cores // args.jobs)
+    facts = {**facts, "threads": threads, "jobs": args.jobs}
+    begin = time.monotonic()
+    running = []  # name, command, process, its start
+    failed = False
+    while todo or running:
+        time_is_over = time.monotonic() - begin > 60 * args.minutes
+        if time_is_over:
+            todo = []
         while todo and len(running) < args.jobs:
-            start(*todo.pop(0))
-        time.sleep(0.2)
-        if time.monotonic() - begin > 60 * args.minutes:
-            for process, *_ in running.values():
+            name, command = todo.pop(0)
+            running.append((name, command, start(name, command, args, threads), time.monotonic()))
+        for run in list(running):
+            name, command, process, since = run
+            if time_is_over:
                 process.kill()
                 process.wait()
-        for name in [name for name, (process, *_) in running.items() if process.poll() is not None]:
-            end(name)
+            if process.poll() is not None:
+                running.remove(run)
+                print(keep(name, command, time.monotonic() - since, args, facts), flush=True)
+                failed = failed or process.returncode > 0
+        time.sleep(0.2)
     print(f"{len(missing(args.group, args.results, args.only))} runs of {args.group} are missing")
     return 1 if failed else 0
 
@@ -250,11 +266,15 @@ def minutes(runs):
 
 
 def group_table(runs, suffix=""):
-    rows, every = [], []
+    rows = []
+    every = []
     for method in METHODS:
-        if own := seeds(runs, method + suffix):
+        own = seeds(runs, method + suffix)
+        if own:
             every += own
-            timed = own if suffix else [runs[f"{method}-idle"]] if f"{method}-idle" in runs else []
+            timed = own
+            if not suffix:  # of the demonstrations, one was timed on an idle machine
+                timed = [runs[f"{method}-idle"]] if f"{method}-idle" in runs else []
             rows.append([METHODS[method], *accuracy(own), *accuracy(own, "random"), minutes(timed)])
             if all(map(best_stage, own)):
                 stages = ", ".join(sorted({best_stage(run) for run in own}))
@@ -266,11 +286,13 @@ def group_table(runs, suffix=""):
 
 def score(runs, method):
     """For the project's README: mean top-1 by the readout that suits the method, and untrained."""
-    own, what = seeds(runs, method), READOUT.get(method.split("-")[0], "kNN")
+    own = seeds(runs, method)
     if not own:
         return ""
-    trained, random = (accuracy(own, name, "stage" in what)["probe" in what].split()[0]
-                       for name in ("trained", "random"))
+    what = READOUT.get(method.split("-")[0], "kNN")
+    column = 1 if what == "probe" else 0
+    trained = accuracy(own, "trained", "stage" in what)[column].split()[0]
+    random = accuracy(own, "random", "stage" in what)[column].split()[0]
     return f"{what} {trained} (untrained {random})"
 
 
@@ -280,13 +302,14 @@ def loss_table(runs):
         names = f"loss-{loss}", f"loss-{loss}-cifar"
         both = [[runs[name]] if name in runs else [] for name in names]
         rows.append([f"`{loss}`", *accuracy(both[0]), *accuracy(both[1])])
-    return table("loss|drawn images: kNN|probe|10,000 of CIFAR-10: kNN|probe", rows)
+    return table("loss|synthetic images: kNN|probe|10,000 of CIFAR-10: kNN|probe", rows)
 
 
 def last_epoch(run, health):
     """The mean of a number of the log lines over the last epoch."""
-    *lines, _ = run["lines"]
-    return statistics.mean(ln[health] for ln in lines if ln["epoch"] == lines[-1]["epoch"])
+    lines = [line for line in run["lines"] if health in line]
+    last = [line[health] for line in lines if line["epoch"] == lines[-1]["epoch"]]
+    return statistics.mean(last)
 
 
 def ablation_table(runs):
@@ -302,27 +325,39 @@ def ablation_table(runs):
 
 def runs_table(runs):
     """Every log that is kept: its command, figures, minutes and hardware."""
-    rows = [[name, f"`{run.get('command', '')}`", *accuracy([run]),
-             *[", ".join(accuracy([run], other)) for other in ("random", "pixels")], minutes([run]),
-             ", ".join(str(run[key]) for key in ("hardware", "date") if key in run)]
-            for name, run in runs.items()]
+    rows = []
+    for name, run in runs.items():
+        knn, probe = accuracy([run])
+        random = ", ".join(accuracy([run], "random"))
+        pixels = ", ".join(accuracy([run], "pixels"))
+        machine = ", ".join(str(run[key]) for key in ("hardware", "date") if key in run)
+        command = f"`{run.get('command', '')}`"
+        rows.append([name, command, knn, probe, random, pixels, minutes([run]), machine])
     return table("run|command|kNN|probe|random: kNN, probe|pixels: kNN, probe|minutes|"
                  "hardware, date", rows)
 
 
-TABLES = {"demo": group_table, "cifar": lambda runs: group_table(runs, "-cifar"),
+TABLES = {"demo": group_table, "cifar": partial(group_table, suffix="-cifar"),
           "losses": loss_table, "ablation": ablation_table, "runs": runs_table}
 
 
 def rewrite(text, runs):
     """A page whose tables, each between `<!-- table: name -->` and `<!-- end -->`, are made anew,
     and whose cells `<!-- score: method -->...<!-- -->` and `<!-- lines: method -->...<!-- -->`."""
-    text = re.sub(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)",
-                  lambda m: f"{m[1]}\n{TABLES[m[2]](runs)}\n{m[3]}", text, flags=re.DOTALL)
-    text = re.sub(r"(<!-- lines: (\w+) -->).*?(<!-- -->)", lambda m: m[1] + str(len(
-        (ROOT / f"{m[2]}.py").read_text(encoding="utf8").splitlines())) + m[3], text)
-    return re.sub(r"(<!-- score: ([\w-]+) -->).*?(<!-- -->)",
-                  lambda m: f"{m[1]}{score(runs, m[2])}{m[3]}", text)
+    def new_table(match):
+        return f"{match[1]}\n{TABLES[match[2]](runs)}\n{match[3]}"
+
+    def new_lines(match):
+        source = (ROOT / f"{match[2]}.py").read_text(encoding="utf8")
+        return f"{match[1]}{len(source.splitlines())}{match[3]}"
+
+    def new_score(match):
+        return f"{match[1]}{score(runs, match[2])}{match[3]}"
+
+    text = re.sub(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", new_table, text,
+                  flags=re.DOTALL)
+    text = re.sub(r"(<!-- lines: (\w+) -->).*?(<!-- -->)", new_lines, text)
+    return re.sub(r"(<!-- score: ([\w-]+) -->).*?(<!-- -->)", new_score, text)
 
 
 def pages(results):
