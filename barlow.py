@@ -18,7 +18,7 @@ treated alike: there is no predictor, no stop-gradient and no moving average.
                                                   └─ used after training
 
 VICReg, the second loss here, asks for the same in three terms: z1 and z2 are close; each of their
-dimensions has a standard deviation of at least 1; no two dimensions of one view have a covariance.
+dimensions has a standard deviation of at least 1; no two dimensions of one view covary.
 
 Run      python barlow.py                       demonstration: synthetic images, CPU, minutes
          python barlow.py --data path           a folder of images, or cifar10
@@ -131,8 +131,8 @@ def health(z1, z2):
     diagonal: of C_ii. Rises towards 1; 0 where z is constant.
     off_diagonal: of |C_ij|, i ≠ j. Falls towards 0, or to the chance level 0.8 / √B; near 1 where
         all dimensions say the same.
-    std: of the standard deviations of z1. About 1 in VICReg, where 0 shows that z is constant; of
-        no importance in Barlow Twins.
+    std: of the standard deviations of z1. About 1 in VICReg, where 0 shows that z is constant;
+        left free by Barlow Twins.
     """
     c = correlate(z1, z2)
     off = off_diagonal(c).abs().sum() / (len(c) * (len(c) - 1))
@@ -326,8 +326,8 @@ def parse_args(argv=None):
     parser = make_parser("barlow", __doc__, RECIPES)
     add = parser.add_argument
     add("--loss", choices=["barlow", "vicreg"], default="barlow", help="the loss of which paper")
-    add("--lr-biases", type=float, help="peak learning rate of biases and BN, per 256 images, "
-        "where --lr is that of the other weights; papers: 0.0048, vicreg 0.2")
+    add("--lr-biases", type=float, help="peak learning rate of biases and BN, per 256 images; "
+        "--lr is that of the weights; papers: 0.0048, vicreg 0.2")
     add("--off-diagonal-weight", type=float, help="barlow: λ; paper: 0.0051")
     add("--invariance-weight", type=float, default=25.0, help="vicreg: λ; paper: 25")
     add("--variance-weight", type=float, default=25.0, help="vicreg: μ; paper: 25")

@@ -8,7 +8,7 @@ side only, and a target that changes slowly and gets no gradient.
 Each image is augmented twice. The target network maps one view to a vector, and the online network
 with its predictor has to produce that vector from the other view. The target is not trained: its
 weights are an exponential moving average (EMA) of the online network's. A constant output would
-have the lowest loss, but training does not arrive there; without the predictor it does
+have the lowest loss, but training does not end up there; without the predictor it does
 (tests/test_byol.py).
 
            ┌─ augment1 ─ view1 ─ backbone ─ features ─ projector ─ predictor ─ p1 ─────┐
@@ -64,8 +64,8 @@ class BYOL(nn.Module):
 
 
 def mlp(in_dim, hidden_dim, out_dim):
-    """The form of projector and predictor. As in the official code, the first layer has a bias, the
-    last one has neither bias nor BN."""
+    """Projector or predictor. As in the official code, the first layer has a bias, and the second
+    has neither bias nor BN."""
     return nn.Sequential(
         nn.Linear(in_dim, hidden_dim),
         nn.BatchNorm1d(hidden_dim),

@@ -52,7 +52,7 @@ def main(train, parse_args, argv=None):
     except KeyboardInterrupt:
         leave("stopped", 130)
     except Exception:
-        leave(traceback.format_exc(), 1)
+        leave(traceback.format_exc().rstrip(), 1)
     if dist.is_initialized():
         wait_for_all()
         dist.destroy_process_group()
@@ -154,12 +154,12 @@ def choose_recipe(data, device):
 
 def image_sides(root):
     """Yields the shorter side, in pixels, of the images below a folder."""
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not is_hidden(name)]
+    for folder, files in walk(root):
         for name in files:
-            if os.path.splitext(name)[1].lower() not in EXTENSIONS:
+            path = os.path.join(folder, name)
+            if not is_image(name) or not os.path.isfile(path):  # opening a pipe would block
                 continue
-            with suppress(Exception), Image.open(os.path.join(folder, name)) as image:
+            with suppress(Exception), Image.open(path) as image:
                 yield min(image.size)
 
 
@@ -401,10 +401,27 @@ def subfolders(folder):
     return found
 
 
+def is_image(name):
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not is_hidden(name)
+
+
 def has_images(folder):
     """Whether images lie directly in the folder."""
-    return any(path.suffix.lower() in EXTENSIONS and not is_hidden(path.name)
-               for path in Path(folder).iterdir())
+    return any(is_image(path.name) for path in Path(folder).iterdir())
+
+
+def walk(root, onerror=None):
+    """Yields each folder below root and the names of its files, in order, without hidden ones and
+    our own runs/."""
+    seen = {os.path.realpath("runs")}
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=onerror):
+        real = os.path.realpath(folder)
+        if real in seen:  # links may form a loop
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        yield folder, sorted(name for name in files if not is_hidden(name))
 
 
 def folder_set(root, classes=None):
@@ -413,23 +430,13 @@ def folder_set(root, classes=None):
     names = []
     others = Counter()  # kinds of files that are not read
     errors = []
-    seen = {os.path.realpath("runs")}  # our own
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=errors.append):
-        real = os.path.realpath(folder)
-        if real in seen:  # links may form a loop
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
+    for folder, files in walk(root, errors.append):
         below = os.path.relpath(folder, root)
-        for name in sorted(files):
-            extension = os.path.splitext(name)[1].lower()
-            if is_hidden(name):
-                continue
-            if extension in EXTENSIONS:
+        for name in files:
+            if is_image(name):
                 names.append(os.path.normpath(os.path.join(below, name)))
             else:
-                others[extension or "without extension"] += 1
+                others[os.path.splitext(name)[1].lower() or "without extension"] += 1
     first_folders = [name.split(os.sep)[0] if os.sep in name else None for name in names]
     if classes is None:
         classes = sorted(set(first_folders) - {None})
@@ -487,6 +494,8 @@ def find_sets(data):
         if train.classes:
             test = folder_set(folders.pop(test_names[0]), train.classes)
         train.left_out += [f"folder {path.name}/" for path in folders.values()]
+        if has_images(root):
+            train.left_out.append(f"images directly in {root}")
     else:
         train = folder_set(root)
         if train.classes:  # a tenth is held out
@@ -512,7 +521,8 @@ def median_side(images):
             sides.append(min(image.size))
             if getattr(image, "n_frames", 1) > 1:
                 unread.add("pages beyond the first")
-            if image.format == "TIFF" and image.mode in ("RGBA", "RGBX", "RGBa"):
+            samples = image.tag_v2.get(277, 1) if image.format == "TIFF" else 1  # per pixel
+            if samples > 3 and image.mode != "CMYK":
                 unread.add("the fourth band")
     median = sorted(sides)[len(sides) // 2] if sides else 1
     return median, sorted(unread)
@@ -567,9 +577,9 @@ def check(images, device):
             *_, reason = images[unreadable[0]]
             images.left_out.append(f"{len(unreadable)} of {len(rows)} tried unreadable ({reason})")
     if len(readable) == 0:
-        raise Failure(f"{images.origin}: nothing that can be read; "
-                      f"left out: {', '.join(images.left_out)}")
-    if (readable.amax((2, 3)) - readable.amin((2, 3)) < 16).all():
+        raise Failure(f"nothing that can be read: {describe(images)}")
+    # 12 bits in files of 16 come out as 0 to 16
+    if (readable.amax((2, 3)) - readable.amin((2, 3)) < 20).all():
         raise Failure(f"the images of {images.origin} come out almost of one color, with values of "
                       f"{readable.min()} to {readable.max()} of 255: convert them to 8 bits")
 
@@ -825,7 +835,8 @@ def gaussian_blur(x, p, kernel_size=None, sigma=(0.1, 2.0)):
     source = size - 1 - (size - 1 - source).abs()  # reflected at both ends
     matrix = x.new_zeros(n, size, size)
     matrix.scatter_add_(2, source.expand(n, -1, -1), kernel[:, None].expand(-1, size, -1))
-    return matrix[:, None] @ x @ matrix[:, None].mT
+    x = (x.flatten(1, 2) @ matrix.mT).view_as(x)  # along the rows, of all channels at once
+    return matrix[:, None] @ x
 
 
 def random_solarize(x, p, threshold=0.5):
@@ -1043,7 +1054,8 @@ def load_checkpoint(args, images, model, optimizer):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
     except (KeyError, RuntimeError, ValueError) as error:
-        raise Failure(f"{args.out}/checkpoint.pth does not fit this model: {error}")
+        reason = " ".join(str(error).split())[:300]
+        raise Failure(f"{args.out}/checkpoint.pth does not fit this model: {reason}")
     if rank() == 0:
         cut_log(f"{args.out}/log.jsonl", step)
     say(f"continuing {args.out} after step {step}")

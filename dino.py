@@ -388,12 +388,13 @@ def train(args):
     warmup_steps = warmup_that_fits(round(args.warmup_epochs * steps_per_epoch), total_steps)
     peak_lr = args.lr * args.batch_size / 256
 
-    stochastic_depth = args.arch in VITS and args.drop_path > 0
     if args.arch in VITS:
         dim, depth, num_heads = VITS[args.arch]
         backbone = ViT(args.image_size, args.patch_size, dim, depth, num_heads, args.drop_path)
+        stochastic_depth = args.drop_path > 0
     else:
         backbone = make_backbone(args.arch, args.image_size)
+        stochastic_depth = False
     untrained = copy.deepcopy(backbone)  # the report's baseline
     if args.init:
         load_backbone(args.init, network=backbone)
@@ -425,6 +426,7 @@ def train(args):
         lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr, end=1e-6)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        # Without a warm-up, the schedule moves from one value to the other on half a cosine.
         weight_decay = cosine_schedule(step, total_steps, 0, args.weight_decay,
                                        args.weight_decay_end)
         optimizer.param_groups[0]["weight_decay"] = weight_decay
@@ -567,9 +569,10 @@ def parse_args(argv=None):
 # view's side, so that elongated images lose detail (cut them beforehand). From the official code:
 # the teacher's temperature rises by the step (official: by the epoch); blur is a true Gaussian
 # (official: PIL's); position embeddings are interpolated to exactly the size of the grid (official:
-# a tenth of a patch more); bfloat16 without gradient scaling (official: float16). As by its
-# default, the lengths of the last layer's weights stay 1; its help advises trained ones for ViT-S.
-# The survey's formula has two views, and neither temperatures nor a center.
+# a tenth of a patch more); bfloat16 without gradient scaling (official: float16). As in its
+# default, the lengths of the last layer's weights stay 1; for ViT-S, its help advises to train them
+# (--norm_last_layer false). The survey's formula has two views, and neither temperatures nor a
+# center.
 
 if __name__ == "__main__":
     from common import main

@@ -54,7 +54,7 @@ def cut_tiles(images, grid, tile_size, offsets=None):
     left = margin + place % grid * cell + right
     windows = images.unfold(2, tile_size, 1).unfold(3, tile_size, 1)  # (B, 3, tops, lefts, t, t)
     image = torch.arange(len(images), device=images.device)[:, None]
-    return windows[image, :, top, left]
+    return windows[image, :, top, left]  # (B, grid², 3, t, t)
 
 
 def shuffle(tiles, places):
@@ -175,7 +175,7 @@ def random_puzzles(images, aspect, view, orders, tile_size):
 def all_permutations(n):
     """The permutations of 0 to n - 1: (n!, n) float."""
     every = torch.zeros(1, 0)
-    for new in range(n):  # is inserted at each place of each permutation of 0 to new - 1
+    for new in range(n):  # insert it at each place of each permutation of 0 to new - 1
         column = torch.full((len(every), 1), float(new))
         inserted = [torch.cat([every[:, :i], column, every[:, i:]], 1) for i in range(new + 1)]
         every = torch.cat(inserted)
@@ -185,10 +185,10 @@ def all_permutations(n):
 def permutation_set(count, tiles, seed):
     """Permutations of the tiles that differ in many places -> (count, tiles), int64.
 
-    Nobody could tell apart two orders that differ in two tiles only, which perhaps both show sky.
-    The search is greedy. The seed chooses the first permutation. The next one is always the one,
-    of all, with the largest Hamming distance to the nearest of those chosen before, and among
-    equals, with the largest sum of the distances to all of them.
+    Nobody could tell apart two orders that differ in two tiles only, if both of these show sky. The
+    search is greedy: the seed chooses the first permutation; each next one has, of all
+    permutations, the largest Hamming distance to the nearest of those chosen before it, and among
+    equals the largest sum of the distances to all of them.
     """
     if not 1 <= count <= math.factorial(tiles):
         raise ValueError(f"{tiles} tiles have {math.factorial(tiles)} permutations, not {count}")
@@ -200,7 +200,7 @@ def permutation_set(count, tiles, seed):
     total = torch.zeros(len(every))  # sum of the distances to all chosen
     while len(chosen) < count:
         last = every[chosen[-1:]]
-        distance = torch.cdist(every, last, p=0).squeeze(1)  # p = 0: in how many places they differ
+        distance = torch.cdist(every, last, p=0).squeeze(1)  # p = 0: Hamming distance
         nearest = torch.minimum(nearest, distance)
         total += distance
         # total is less than tiles · count, so it decides among equals only
@@ -270,7 +270,7 @@ def train(args):
     warmup_steps = warmup_that_fits(round(args.warmup_epochs * steps_per_epoch), total_steps)
     peak_lr = args.lr * args.batch_size / 256
 
-    # With the stem for whole images, not for tiles: they are what the backbone will be used on.
+    # Its stem is that for whole images, not for tiles: after training it is used on whole images.
     backbone = make_backbone(args.arch, args.image_size)
     untrained = copy.deepcopy(backbone)  # the report's baseline
     if args.init:
@@ -318,7 +318,7 @@ def train(args):
         if epoch_ends:
             paused = time.monotonic()
             trained_knn = quick_knn(backbone, train_set, test_set, args.image_size, device,
-                                    calibrate=True)  # from the BN statistics of tiles
+                                    calibrate=True)  # its BN has statistics of tiles
             log_knn(args, done, total_steps, trained_knn, untrained_knn)
             started += time.monotonic() - paused  # images/s leave the kNN out
         if time.monotonic() - saved_at > SAVE_SECONDS:
@@ -363,8 +363,8 @@ def parse_args(argv=None):
     add("--lr-drops", type=float, nargs="*", help="fractions of the training at which the rate "
         "falls")
     add("--lr-factor", type=float, default=0.1, help="what the rate is multiplied by when it falls")
-    add("--task", choices=["jigsaw", "relative"], default="jigsaw", help="the order of nine tiles, "
-        "or which neighbour of the middle tile a second one is")
+    add("--task", choices=["jigsaw", "relative"], default="jigsaw", help="jigsaw: the order of "
+        "nine tiles; relative: which neighbour of the middle tile a second tile is")
     add("--permutations", type=int, help="orders in the set; paper: 1000")
     add("--tile-size", type=int, help="side of a tile in pixels, at most a third of --image-size; "
         "paper: 64")

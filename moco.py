@@ -570,14 +570,14 @@ def parse_args(argv=None):
 # notebook, which mixes v1's projector and v2's jitter. demo: measured on the synthetic images. cpu:
 # not tuned. v3 on 32 pixels: solo-learn has --temperature 0.2 --proj-dim 256 --solarize2 0.2.
 #
-# Departures from the papers: the rate falls on a cosine per step (v1: to a tenth at epochs 120 and
-# 160 of 200; v2: per epoch). BN groups are parts of the total batch, whatever the number of GPUs,
-# and their running statistics are averaged (official: the first GPU's). The queue need not be a
-# multiple of the batch. The target moves at the start of a step, as in the official code; in the
-# papers' algorithms at the end, which is the same, but for v3's schedule. Blur is Gaussian
-# (official: PIL's). Crops are taken from a square canvas of 8/7 of the view's side, so that
-# elongated images lose detail (cut them beforehand). In the official code only: in v3 a residual
-# block's last BN starts at 0.
+# Departures from the papers: the learning rate falls on a cosine per step (v1: to a tenth at epochs
+# 120 and 160 of 200; v2: per epoch). BN groups are parts of the total batch, whatever the number of
+# GPUs, and their running statistics are averaged (official: the first GPU's). The queue need not be
+# a multiple of the batch. The target moves at the start of a step, as in the official code; in the
+# papers' algorithms it moves at the end, which is the same except for v3's schedule. The blur is an
+# exact Gaussian (official: PIL's, made of box blurs). Crops are taken from a square canvas of 8/7
+# of the view's side, so that elongated images lose detail (cut them beforehand). In the official
+# code only: in v3 a residual block's last BN starts at 0.
 
 if __name__ == "__main__":
     from common import main

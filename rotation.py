@@ -129,9 +129,10 @@ def random_shift(x, padding, offsets=None):
         offsets = uniform(len(x), 2, device=x.device, high=2 * padding + 1).long()
     height, width = x.shape[2:]
     padded = F.pad(x, [padding] * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, tops, lefts, H, W), a view
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, tops, lefts, H, W)
     top, left = offsets.unbind(1)
-    return windows[torch.arange(len(x), device=x.device), :, top, left]
+    image = torch.arange(len(x), device=x.device)
+    return windows[image, :, top, left]  # (B, 3, H, W)
 
 
 # ------------------------------------------------------------------------------------- training

@@ -7,8 +7,8 @@ collapse: the stop-gradient, and the predictor on the side that gets the gradien
 Each image is augmented twice. One encoder, that is, backbone and projector, maps both views to
 vectors. From the vector of one view a predictor has to produce that of the other, which is held
 constant. This is BYOL with the online network itself as the target. A constant output would have
-the lowest loss, but training does not arrive there; without stop-gradient or predictor, the vectors
-of different images draw together (tests/test_simsiam.py).
+the lowest loss, but training does not end up there; without stop-gradient or predictor, the
+vectors of different images draw together (tests/test_simsiam.py).
 
                ┌─ augment ─ view1 ─ backbone ─ features ─ projector ─ z1 ─ predictor ─ p1 ─┐
         image ─┤                       (shared)                                            ├─ -cos
@@ -170,7 +170,7 @@ def train(args):
     for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
         if step < warmup_steps:  # the paper needs no warm-up
             lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr)
-        else:  # one rate for each epoch
+        else:  # one rate for each epoch, as in the official code
             epoch_start = step - step % steps_per_epoch
             lr = cosine_schedule(max(epoch_start, warmup_steps), total_steps, warmup_steps, peak_lr)
         encoder_group, predictor_group = optimizer.param_groups

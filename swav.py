@@ -117,7 +117,7 @@ def sinkhorn(scores, epsilon, iterations):
     next division removes constant factors. The rows come last, so that they sum to 1 exactly; the
     columns' sums are only nearly equal after a few iterations.
     """
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # from half precision
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # at least float32
     log_q = scores / epsilon
     for _ in range(iterations):
         log_q = log_q.log_softmax(0)  # each prototype gets the same share
@@ -376,7 +376,7 @@ def parse_args(argv=None):
     from common import make_parser, parse_with_recipe
 
     parser = make_parser("swav", __doc__, RECIPES)
-    parser.set_defaults(weight_decay=1e-6)
+    parser.set_defaults(weight_decay=1e-6)  # the paper's, in all recipes
     add = parser.add_argument
     add("--optimizer", choices=["lars", "adam"], help="paper: lars")
     add("--temperature", type=float, default=0.1, help="softmax temperature, τ; paper: 0.1")

@@ -35,7 +35,7 @@ from functools import partial
 from importlib import import_module, metadata, util
 from pathlib import Path
 from statistics import median
-from timeit import default_timer as clock, repeat, timeit
+from timeit import default_timer as clock, repeat
 from unittest import mock
 
 import torch
@@ -51,7 +51,8 @@ sys.path.insert(0, str(ROOT))
 from beside_lightly import learning, peer_loop
 
 METHODS = "simclr moco byol simsiam swav barlow dino mae rotation jigsaw".split()
-CPU, CORES = torch.device("cpu"), os.cpu_count()
+CPU = torch.device("cpu")
+CORES = os.cpu_count()
 
 # --------------------------------------------------------------------------- measuring and printing
 
@@ -64,11 +65,14 @@ def gemm_rate():
 
 def alternate(contestants, rounds):
     """{name: function -> figure} -> {name: [a figure per round]}; a GEMM's FLOP/s of each round."""
-    figures, gemm = {name: [] for name in contestants}, []
-    for r in range(rounds):
+    figures = {name: [] for name in contestants}
+    gemm = []
+    order = list(contestants)
+    for _ in range(rounds):
         gemm.append(gemm_rate())
-        for name in list(contestants)[:: 1 - 2 * (r % 2)]:
+        for name in order:
             figures[name].append(contestants[name]())
+        order.reverse()
     return figures, gemm
 
 
@@ -98,9 +102,10 @@ def cell(value):
 
 def has(package):
     """Whether a peer is installed; says how to get it."""
-    if not (found := util.find_spec(package)):
+    found = util.find_spec(package) is not None
+    if not found:
         print(f"{package} is left out; to have it, pip install {package}")
-    return bool(found)
+    return found
 
 
 # --------------------------------------------------------------- scripts, driven from the outside
@@ -109,11 +114,17 @@ def has(package):
 def script(method, flags, batch=None, steps=None, processes=0):
     """Run a script, to this step where it is given -> dict: seconds to the first step and to the
     end, peak MiB of the process (Linux), images/s of all steps but the first five, --out."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *torchrun * bool(processes), str(ROOT / f"{method}.py"), *flags]
-    command += ["--device", "cpu", "--out", out := tempfile.mkdtemp(dir=".")]
-    command += ["-b", str(batch)] * bool(batch) + ["-p", "5"] * bool(steps)
-    begin, found = clock(), {"out": out, "memory": {}}
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    out = tempfile.mkdtemp(dir=".")
+    command += [str(ROOT / f"{method}.py"), *flags, "--device", "cpu", "--out", out]
+    if batch:
+        command += ["-b", str(batch)]
+    if steps:
+        command += ["-p", "5"]
+    found = {"out": out, "memory": {}}
+    begin = clock()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             with suppress(OSError, IndexError):  # not ru_maxrss, which starts at the parent's
@@ -126,8 +137,10 @@ def script(method, flags, batch=None, steps=None, processes=0):
                 break
         found["end, s"] = clock() - begin
     if batch:
-        lines = map(json.loads, Path(out, "log.jsonl").read_text().splitlines())
-        seconds = {line["step"]: line["seconds"] for line in lines}
+        seconds = {}
+        for line in map(json.loads, Path(out, "log.jsonl").read_text().splitlines()):
+            if "loss" in line:
+                seconds[line["step"]] = line["seconds"]
         found["images/s"] = batch * (steps - 5) / (seconds[steps] - seconds[5])
     return found
 
@@ -138,8 +151,10 @@ class Done(Exception):
 
 def drive(method, flags, visit):
     """`method`.train with `flags`; its loop gets what visit(model, items) yields, then ends."""
-    common, module = import_module("common"), import_module(method)
-    batches, parallel = common.batches, mock.Mock(side_effect=common.parallel)
+    common = import_module("common")
+    module = import_module(method)
+    batches = common.batches
+    parallel = mock.Mock(side_effect=common.parallel)
 
     def visited(*arguments):
         yield from visit(parallel.call_args.args[0], batches(*arguments))
@@ -152,8 +167,11 @@ def drive(method, flags, visit):
 
 def timed_steps(method, flags, rounds, count):
     """-> (seconds per step, without `augment`, GEMM rate) of each round; FLOP per step."""
-    module, found, spent = import_module(method), [], 0.0
-    augment, counter = module.augment, FlopCounterMode(display=False)
+    module = import_module(method)
+    augment = module.augment
+    counter = FlopCounterMode(display=False)
+    found = []
+    spent = 0.0  # in augment
 
     def timed(*inputs, **options):
         nonlocal spent
@@ -167,7 +185,9 @@ def timed_steps(method, flags, rounds, count):
         with counter:
             yield next(items)
         for _ in range(rounds):
-            gemm, spent, begin = gemm_rate(), 0.0, clock()
+            gemm = gemm_rate()
+            spent = 0.0
+            begin = clock()
             yield from itertools.islice(items, count)
             seconds = clock() - begin
             found.append((seconds / count, (seconds - spent) / count, gemm))
@@ -185,7 +205,7 @@ def some_images(folder, side, count):
     images = import_module("common").find_sets(folder)[0]
     images = images.subset([i * len(images) // count for i in range(count)])
     images.side = side
-    return images, *next(images.load([range(count)], CPU))
+    return images, *next(images.load([torch.arange(count)], CPU))
 
 
 def augmentation(args):
@@ -194,10 +214,12 @@ def augmentation(args):
     from simclr import augment
 
     torch.set_num_threads(1)
-    jitter, normal = (0.4, 0.4, 0.4, 0.1), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    small, large = (args.data, 32, 32, 64), (args.photos, 224, 256, 6)
-    for *case, blur in [(*small, 0.0), (*small, 0.5)] + [(*large, 0.5)] * bool(args.photos):
-        folder, size, side, n = case
+    jitter = 0.4, 0.4, 0.4, 0.1
+    normal = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    cases = [(args.data, 32, 32, 64, 0.0), (args.data, 32, 32, 64, 0.5)]
+    if args.photos:
+        cases.append((args.photos, 224, 256, 6, 0.5))
+    for folder, size, side, n, blur in cases:
         images, pixels, aspect = some_images(folder, side, 8 * n)
         ours = partial(augment, image_size=size, crop_scale=0.08, jitter_strength=0.5, blur=blur)
         kernel = size // 10 | 1
@@ -222,11 +244,16 @@ def augmentation(args):
         if has("lightly"):
             from lightly.transforms import SimCLRTransform
             two = SimCLRTransform(input_size=size, cj_strength=0.5, gaussian_blur=blur)
-            contestants["lightly, from files"] = lambda rows: [
-                two(images.open(i).convert("RGB")) for i in rows]
+
+            def lightly_views(rows):
+                return [two(images.open(i).convert("RGB")) for i in rows]
+
+            contestants["lightly, from files"] = lightly_views
 
         def rate(name):
-            parts, views, begin = itertools.cycle(torch.arange(8 * n).split(n)), 0, clock()
+            parts = itertools.cycle(torch.arange(8 * n).split(n))
+            views = 0
+            begin = clock()
             while clock() < begin + 1.5:
                 contestants[name](next(parts))
                 views += n * (2 if "files" in name else 1)
@@ -243,8 +270,10 @@ def augmentation(args):
 def deviations(data):
     import common
 
-    n, (_, pixels, _), cases = 256, some_images(data, 32, 256), {}
+    n = 256
+    _, pixels, _ = some_images(data, 32, n)
     x = pixels / 255
+    cases = {}
     boxes = torch.cat([torch.randint(0, 16, (n, 2)), torch.randint(1, 17, (n, 2))], 1)
     cases["resized_crop"] = common.resized_crop(pixels, boxes.float(), 224), [
         TF.resized_crop(i, *box, [224, 224]) for i, box in zip(x, boxes.tolist())]
@@ -252,7 +281,9 @@ def deviations(data):
         torch.manual_seed(i)
         values = (i < 3) + 0.5 * common.uniform(n, 4, device=CPU, low=-1.0)[:, i]
         torch.manual_seed(i)  # color_jitter draws the same
-        cases[name] = common.color_jitter(x, *[0.5 * (i == j) for j in range(4)], p=1.0), [
+        strengths = [0.0] * 4
+        strengths[i] = 0.5
+        cases[name] = common.color_jitter(x, *strengths, p=1.0), [
             getattr(TF, f"adjust_{name}")(*pair) for pair in zip(x, values.tolist())]
     cases["grayscale"] = common.random_grayscale(x, 1.0), TF.rgb_to_grayscale(x, 3)
     cases["solarize"] = common.random_solarize(x, 1.0), TF.solarize(x, 0.5)
@@ -264,7 +295,8 @@ def deviations(data):
 def loop(args, batch=256):
     flags = ["--data", args.data, "--epochs", "50"]
     contestants = {"simclr.py": lambda: script("simclr", flags, batch, args.steps)["images/s"]}
-    for workers, threads in ((2, CORES), (2, 1), (0, CORES)) if has("lightly") else ():
+    lightly = ((2, CORES), (2, 1), (0, CORES)) if has("lightly") else ()
+    for workers, threads in lightly:
         contestants[f"lightly, {workers} workers, {threads} threads"] = partial(
             peer_loop, args.data, batch, workers, threads, args.steps)
     figures, gemm = alternate(contestants, args.rounds)
@@ -275,7 +307,8 @@ def loop(args, batch=256):
 
 
 def step(args):
-    rows, gemm = [], []
+    rows = []
+    gemm = []
     for method in args.methods:
         found, flop = timed_steps(method, ["--epochs", "100"], args.rounds, args.steps)
         rows.append({"method": method, "step, ms": 1e3 * median(s for s, _, _ in found),
@@ -292,50 +325,61 @@ def start(args):
     def first(*flags):
         return script("simclr", flags, steps=1)["first step, s"]
 
-    imports = [sys.executable, "-c", "import torch, torchvision"]
+    def imports():
+        begin = clock()
+        subprocess.run([sys.executable, "-c", "import torch, torchvision"], check=True)
+        return clock() - begin
+
     figures, gemm = alternate({
-        "imports": lambda: timeit(lambda: subprocess.run(imports, check=True), number=1),
-        "first step, drawn images": first,
+        "imports": imports,
+        "first step, synthetic images": first,
         "first step, --data": lambda: first("--data", args.data)}, args.rounds)
     steps = RECIPES["epochs"][0] * (5000 // RECIPES["batch_size"][0])
-    (found, _), report = timed_steps("simclr", ["--epochs", "50"], 2, 20), script("simclr", [])
+    found, _ = timed_steps("simclr", ["--epochs", "50"], 2, 20)
+    report = script("simclr", [])
     bare = steps * median(bare for _, bare, _ in found)
-    show("Start of simclr.py", [
-        *({"to": name, "seconds": median(f)} for name, f in figures.items()),
-        {"to": "report, drawn images", "seconds": report["end, s"], **report["memory"]},
-        {"to": "as many steps without augmentation", "seconds": bare}], gemm)
+    rows = [{"to": name, "seconds": median(f)} for name, f in figures.items()]
+    rows.append({"to": "report, synthetic images", "seconds": report["end, s"], **report["memory"]})
+    rows.append({"to": "as many steps without augmentation", "seconds": bare})
+    show("Start of simclr.py", rows, gemm)
 
 
 def evaluation(args):
     """The usual protocol encodes crops anew in each of 100 epochs; one of them is measured."""
     import common
-    from common import centre_view
-    from linear_probe import extract_features, knn, linear_probe, load_init
+    from linear_probe import extract_features, knn, linear_probe, load_backbone
+    from simclr import parse_args
 
-    out = script("simclr", ["--data", args.data, "--max-images", str(args.images)])["out"]
-    load_init(backbone := common.make_backbone("resnet8", 32).eval(), f"{out}/backbone.pth")
-    train, test = common.load_data(args.data, 32, args.images)
-    gemm, times, features, view = gemm_rate(), [clock()], [], partial(centre_view, size=32)
+    flags = ["--data", args.data, "--max-images", str(args.images)]
+    out = script("simclr", flags)["out"]
+    backbone = common.make_backbone("resnet8", 32).eval()
+    load_backbone(f"{out}/backbone.pth", network=backbone)
+    train, test = common.load_data(parse_args(flags), CPU)
+    gemm = gemm_rate()
+    times = [clock()]
+    features = []
     for images in train, test:
-        features += extract_features(backbone, images, torch.arange(len(images)), view, CPU)
-        features.append(images.labels)
+        rows = torch.arange(len(images))
+        encoded, _ = extract_features(backbone, images, rows, 32, CPU)
+        features += [encoded[0], images.labels]
     times.append(clock())
-    top1 = [knn(*features)]
+    vote = knn(*features)
     times.append(clock())
-    top1 += [linear_probe(*features)["probe"]]
+    probe = linear_probe(*features)["probe"]
     times.append(clock())
-    for batch in train.load(torch.randperm(len(train)).split(256), CPU):
-        crops = common.random_resized_crop(*batch, 32, (0.08, 1.0))
+    for pixels, aspect in train.load(torch.randperm(len(train)).split(256), CPU):
+        crops = common.random_resized_crop(pixels, aspect, 32, (0.08, 1.0))
         with torch.no_grad():
             backbone(common.normalize(common.random_horizontal_flip(crops)))
-    encode, vote, probe = (end - begin for begin, end in itertools.pairwise(times))
-    usual = 100 * (clock() - times[-1])
+    times.append(clock())
+    seconds = [end - begin for begin, end in itertools.pairwise(times)]
+    usual = 100 * seconds[3]
     show(f"Evaluation, {len(train):,} training and {len(test):,} test images", [
-        {"what": "features, once", "seconds": encode},
-        {"what": "kNN", "seconds": vote, "top-1, %": top1[0]},
-        {"what": "linear probe", "seconds": probe, "top-1, %": top1[1]},
+        {"what": "features, once", "seconds": seconds[0]},
+        {"what": "kNN", "seconds": seconds[1], "top-1, %": vote},
+        {"what": "linear probe", "seconds": seconds[2], "top-1, %": probe},
         {"what": "100 epochs that encode", "seconds": usual,
-         "it / these three": usual / (times[-1] - times[0])}], [gemm])
+         "it / these three": usual / sum(seconds[:3])}], [gemm])
 
 
 def scaling(args):
@@ -344,9 +388,10 @@ def scaling(args):
     cases += [(f"batch {b}", some + ["10000"], b, 0) for b in (64, 128, 256, 512)]
     cases += [(f"{p} processes, batch 256", some + ["10000"], 256, p) for p in (1, 2)]
     cases += [(f"{s} pixels", some + ["9999", "--image-size", str(s)], 64, 0) for s in (32, 64, 96)]
-    rows, gemm = [], []
+    rows = []
+    gemm = []
     for name, flags, batch, processes in cases:
-        gemm += [gemm_rate()]
+        gemm.append(gemm_rate())
         with mock.patch.dict(os.environ, OMP_NUM_THREADS=str(CORES // max(processes, 1))):
             found = script("simclr", flags, batch, args.steps, processes)
         rows.append({"simclr.py with": name, "first step, s": found["first step, s"],
@@ -384,13 +429,16 @@ def network(args):
     """Linear in the batch: two small ones give the recipe's. A ring sends sums almost twice."""
     rows = []
     for method in args.methods:
-        batch = import_module(method).RECIPES["batch_size"][-1]
+        recipes = import_module(method).RECIPES
+        batch = recipes["batch_size"][recipes["recipe"].index("imagenet")]
         flags = "--recipe imagenet --max-images 64 -b".split()
         small, large = (traffic(method, flags + [b]) for b in ("16", "32"))
         sizes = {k: small[k] + (large[k] - small[k]) / 16 * (batch - 16) for k in small}
         sent = (7 / 4 * sum(sizes.values()) - 3 / 4 * sizes["buffers"]) / 1e6
-        rows.append({"method": method, "batch": batch} | {k: v / 1e6 for k, v in sizes.items()}
-                    | {"sent by a GPU": sent, "ms at 100 GB/s": sent / 100})
+        row = {"method": method, "batch": batch}
+        row.update({kind: size / 1e6 for kind, size in sizes.items()})
+        row.update({"sent by a GPU": sent, "ms at 100 GB/s": sent / 100})
+        rows.append(row)
     show("On paper: MB per step and process, imagenet recipes, 8 GPUs", rows)
 
 

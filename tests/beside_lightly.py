@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 from time import perf_counter as clock
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -26,14 +25,19 @@ def peer_loop(data, batch, workers, threads, steps):
 
     torch.set_num_threads(threads)
     backbone = make_backbone("resnet8", 32)
-    model, warm, times = SimCLR(backbone, backbone.feature_dim), 8 + 2 * workers, []
+    model = SimCLR(backbone, backbone.feature_dim)
     transform = SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0)
     loader = torch.utils.data.DataLoader(ImageFolder(Path(data, "train"), transform), batch, True,
                                          num_workers=workers, drop_last=True)
-    criterion, optimizer = NTXentLoss(), torch.optim.SGD(model.parameters(), lr=0.06)
+    criterion = NTXentLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
+    warm = 8 + 2 * workers
+    times = []
     epochs = itertools.chain.from_iterable(itertools.repeat(loader))
     for (view1, view2), _ in itertools.islice(epochs, warm + steps):
-        loss = criterion(*(model.projector(model.backbone(view)) for view in (view1, view2)))
+        z1 = model.projector(model.backbone(view1))
+        z2 = model.projector(model.backbone(view2))
+        loss = criterion(z1, z2)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -61,9 +65,11 @@ def peer_head(name, ours):
         return [m for m in head.modules() if getattr(m, "weight", None) is not None]
 
     linear = [layer for layer in layers(ours) if isinstance(layer, nn.Linear)]
-    widths = [linear[0].in_features, *(layer.out_features for layer in linear)]
-    del widths[2 : 2 + (len(widths) > 3)]  # the second hidden layer is as wide as the first
-    theirs = getattr(heads, name)(*widths, **{"batch_norm": True} if "DINO" in name else {})
+    widths = [linear[0].in_features] + [layer.out_features for layer in linear]
+    if len(widths) > 3:  # the second hidden layer is as wide as the first
+        del widths[2]
+    options = {"batch_norm": True} if "DINO" in name else {}
+    theirs = getattr(heads, name)(*widths, **options)
     for old, new in zip(layers(ours), layers(theirs), strict=True):
         getattr(new, "weight_v", new.weight).data.copy_(old.weight)  # weight norm's g stays 1
         if new.bias is not None:
@@ -89,10 +95,11 @@ def lightly_in(method, its_passes=True):
     """Puts lightly's loss and heads into a method's file, and BN as in its passes."""
     import lightly.loss as L
 
-    module, (name, heads) = importlib.import_module(method), HEADS[method]
-    column = module.RECIPES["recipe"].index("cpu")
-    recipe = SimpleNamespace(**{flag: values[column] for flag, values in module.RECIPES.items()})
-    cos, state = L.NegativeCosineSimilarity(), None
+    module = importlib.import_module(method)
+    name, heads = HEADS[method]
+    recipe = module.parse_args(["--recipe", "cpu"])
+    cos = L.NegativeCosineSimilarity()
+    state = None
     if method == "moco":
         state = L.NTXentLoss(recipe.temperature, (recipe.queue_size, recipe.proj_dim))
     if method == "dino":
@@ -106,7 +113,9 @@ def lightly_in(method, its_passes=True):
                 self.set_submodule(path, peer_head(head, self.get_submodule(path)))
             if method == "moco":
                 state.memory_bank.bank = self.queue.clone()
-            for norm in self.modules() if its_passes else ():
+            if not its_passes:
+                return
+            for norm in self.modules():
                 if method == "moco" and isinstance(norm, nn.BatchNorm2d):
                     norm.__class__ = nn.BatchNorm2d
                 elif method in ("simclr", "swav", "dino") and hasattr(norm, "running_mean"):
@@ -121,8 +130,7 @@ def lightly_in(method, its_passes=True):
             temperature, recipe.sinkhorn_iterations, recipe.epsilon)([*scores], [])[0],
         "barlow": lambda z1, z2, weight: L.BarlowTwinsLoss(weight)(z1, z2),
         "dino": lambda student, teacher, *_: state([*teacher], [*student], _[-1])}[method]
-    with mock.patch.multiple(module, **{name: Peer, f"{method}_loss": loss}), \
-            mock.patch.dict(getattr(module, "LOSSES", {}), {"nt-xent": loss}):
+    with mock.patch.multiple(module, **{name: Peer, f"{method}_loss": loss}):
         yield
 
 
@@ -159,10 +167,16 @@ def learning(args):
     from benchmark import has, show
 
     rows = []
-    for method in [m for m in args.methods if m in HEADS] if has("lightly") else []:
+    methods = [method for method in args.methods if method in HEADS]
+    if not has("lightly"):
+        methods = []
+    for method in methods:
         flags = f"--recipe cpu --epochs 5 --device cpu --max-images {args.images}".split()
-        flags += ["--data", args.data] + ["--proj-layers", "3"] * (method == "simsiam")
-        module, row = importlib.import_module(method), {"method": method}
+        flags += ["--data", args.data]
+        if method == "simsiam":
+            flags += ["--proj-layers", "3"]
+        module = importlib.import_module(method)
+        row = {"method": method}
         for name, peer in ("ours", nullcontext), ("lightly", partial(lightly_in, method)):
             reports = []
             for seed in range(args.rounds):
@@ -171,7 +185,8 @@ def learning(args):
                     module.train(run)
                 last = Path(run.out, "log.jsonl").read_text().splitlines()[-1]
                 reports.append(json.loads(last)["report"]["trained"])
-            row |= {f"{k}, {name}": mean(report[k] for report in reports) for k in ("knn", "probe")}
+            for key in "knn", "probe":
+                row[f"{key}, {name}"] = mean(report[key] for report in reports)
         row["gradient"], row["gradient, its passes"] = gradients(method, flags)
         rows.append(row)
     show(f"Learning, {args.images:,} images, percent right, means of {args.rounds} seeds", rows)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_images
+from conftest import METHODS, write_images
 from PIL import Image
 from torch import nn
 
@@ -63,7 +63,8 @@ def recipe(*flags):
     return simclr.parse_args([*flags]).recipe
 
 
-def test_recipe_without_gpu():
+def test_recipe_without_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     write_images(Path("images"), 1)
     assert recipe() == "demo"
     assert recipe("--data", "images") == recipe("--data", "cifar10") == "cpu"
@@ -292,7 +293,7 @@ def test_success(capsys):
     assert call(capsys, print, lambda argv: "done") == (0, "done\n", "")
 
 
-@pytest.mark.parametrize("file", ["simclr", "linear_probe"])
+@pytest.mark.parametrize("file", [*METHODS, "linear_probe"])
 def test_help_on_a_terminal_of_few_letters(monkeypatch, file):
     """As with PYTHONIOENCODING=cp1252, which has no Greek ones."""
     module = importlib.import_module(file)
@@ -324,7 +325,7 @@ class Call:
 def test_weights_execute_nothing(call, kind):
     value = {"method": "simclr", "model": {"layer1.0.conv1.weight": call}}
     if kind == "pickle":
-        Path("checkpoint.pth").write_bytes(pickle.dumps(value))
+        Path("checkpoint.pth").write_bytes(pickle.dumps(value, protocol=2))
     else:
         torch.save(value, "checkpoint.pth", _use_new_zipfile_serialization=kind == "zip")
     with pytest.raises(Failure, match="cannot read checkpoint.pth"):
