@@ -234,7 +234,7 @@ def test_wrong_arguments(run, flags, words):
     (["--data", "nowhere"], "--data nowhere: no such folder"),
     (["--data", "file"], "--data file: no such folder"),
     (["--data", "empty"], "--data empty: no training images"),
-    (["--data", "spoiled"], "spoiled: nothing that can be read; left out: 1 unreadable ('1.png': "),
+    (["--data", "spoiled"], "nothing that can be read: 0 of spoiled; no class folders"),
     (["--init", "nowhere"], "nowhere"), (["--init", "file"], "cannot read file"),
     (["--init", "other.pth"], "other.pth does not fit"), (["-a", "resnet49"], "--arch resnet49"),
     (["-b", "1"], "--batch-size 1"), (["--device", "cuda:99"], "--device cuda:99"),

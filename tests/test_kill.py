@@ -123,7 +123,7 @@ def interrupted():
     common.SAVE_SECONDS = 0
     common.load_data = load_data_with_workers
     common.batches = at_step(4, lambda: os.killpg(0, signal.SIGINT))
-    flags = [*TINY, *SMALL["simclr"], "--memory", "0"]
+    flags = [*TINY, *SMALL["simclr"], "--out", "run", "--memory", "0"]
     common.main(simclr.train, simclr.parse_args, flags)
 
 

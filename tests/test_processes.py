@@ -25,15 +25,16 @@ CPU = torch.device("cpu")
 
 def test_variables_that_torchrun_has_left(monkeypatch):
     """A run that is alone waits for no partners."""
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1",
-                        "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+    variables = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost",
+                 "MASTER_PORT": "1"}
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert common.start("cpu", seed=0) == CPU
     assert not dist.is_initialized()
     assert common.world_size() == 1
 
 
-@pytest.mark.parametrize("device", ["cuda:0", "cpu:0"])
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
 def test_torchrun_with_a_numbered_device(monkeypatch, device):
     monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
     with pytest.raises(Failure, match=f"^--device {device}: under torchrun each .* no number$"):
