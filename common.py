@@ -231,7 +231,8 @@ def wait_for_all():
 
 
 def gather(x):
-    """(B/W, ...) on each of W processes -> (B, ...) in their order, with gradient."""
+    """(B/W, ...) on each of W processes -> (B, ...) in their order, with gradient. Each fills in its
+    own rows, with zeros elsewhere, and these are summed."""
     rows = [x if i == rank() else torch.zeros_like(x) for i in range(world_size())]
     return all_sum(torch.cat(rows))
 
@@ -690,7 +691,7 @@ def synthetic_set(name, count, seed):
 
 
 # --------------------------------------------------------------------------------- augmentation
-# Each takes a batch x (B, 3, H, W), floats in [0, 1], and draws parameters separately for each image.
+# Each takes a batch x (B, 3, H, W), floats in [0, 1], and draws other parameters for each image.
 # At the same parameters it equals torchvision's function of the same name. Departures from a
 # torchvision pipeline: crops are resampled from the square canvas, whose size caps their detail;
 # values stay float between operations; the operations of the jitter have one order per batch.
@@ -710,7 +711,8 @@ def resized_crop(images, boxes, size, interpolation="bilinear"):
     the box cuts counts for its part inside.
     """
     pixel = torch.arange(images.shape[3], device=images.device)
-    start, length = boxes.view(-1, 2, 2, 1, 1).unbind(1)  # (B, 2, 1, 1): vertical, horizontal
+    boxes = boxes.view(-1, 2, 2, 1, 1)
+    start, length = boxes.unbind(1)  # (top, left) and (height, width), each (B, 2, 1, 1)
     scale = length / size  # canvas pixels per output pixel
     center = start + (torch.arange(size, device=images.device)[:, None] + 0.5) * scale
     distance = (pixel + 0.5 - center).div_(scale.clamp(min=1)).abs_()  # (B, 2, size, canvas)
@@ -737,18 +739,21 @@ def random_resized_crop(images, aspect, size, scale, interpolation="bilinear"):
     canvas = images.shape[3]
     device = images.device
     width = (canvas * aspect).round().clamp(min=1)
-    image = torch.stack([torch.full_like(width, canvas), width], 1)  # (B, 2): height, width
-    area = image.prod(1, keepdim=True) * uniform(n, 10, device=device, low=scale[0], high=scale[1])
+    original = torch.stack([torch.full_like(width, canvas), width], 1)  # (B, 2): height, width
+    area = uniform(n, 10, device=device, low=scale[0], high=scale[1])
+    area = original.prod(1, keepdim=True) * area
     ratio = (math.log(4 / 3) * uniform(n, 10, device=device, low=-1)).exp()
     tries = torch.stack([area / ratio, area * ratio], 2).sqrt().round()
-    fallback = torch.minimum(image, (image.flip(1) * 4 / 3).round())  # of the nearest allowed ratio
+    # the whole image, cut to the nearest allowed ratio
+    fallback = torch.minimum(original, (original.flip(1) * 4 / 3).round())
     sides = torch.cat([tries, fallback[:, None]], 1)  # (B, 11, 2): height, width
-    fits = ((sides > 0) & (sides <= image[:, None])).all(2)
+    fits = ((sides > 0) & (sides <= original[:, None])).all(2)
     first = fits.int().argmax(1, keepdim=True)
     sides = sides.take_along_dim(first[:, None], 1).squeeze(1)
-    room = image - sides
-    corner = torch.where(first < 10, uniform(n, 2, device=device) * (room + 1), room / 2).floor()
-    boxes = torch.cat([corner, sides], 1) * (canvas / image).repeat(1, 2)  # back to the squares
+    room = original - sides
+    random_corner = uniform(n, 2, device=device) * (room + 1)
+    corner = torch.where(first < 10, random_corner, room / 2).floor()  # 10: the fallback
+    boxes = torch.cat([corner, sides], 1) * (canvas / original).repeat(1, 2)  # of the squares
     return resized_crop(images, boxes, size, interpolation)
 
 
@@ -774,7 +779,7 @@ def random_horizontal_flip(x, p=0.5):
 
 
 def random_grayscale(x, p=0.2):
-    return torch.lerp(rgb_to_grayscale(x), x, 1 - chosen(x, p)).clamp_(0, 1)
+    return torch.lerp(x, rgb_to_grayscale(x), chosen(x, p))
 
 
 def color_jitter(x, brightness, contrast, saturation, hue, p=0.8):
@@ -785,14 +790,14 @@ def color_jitter(x, brightness, contrast, saturation, hue, p=0.8):
     for i in torch.randperm(4).tolist():
         change = strengths[i] * u[:, i, None, None, None]
         factor = 1 + change
-        if i == 0:
+        if i == 0:  # brightness
             x = (x * factor).clamp_(0, 1)
-        elif i == 1:
+        elif i == 1:  # contrast
             mean = rgb_to_grayscale(x.mean((2, 3), keepdim=True))
             x = (x * factor).add_(mean * (1 - factor)).clamp_(0, 1)
-        elif i == 2:
+        elif i == 2:  # saturation
             x = torch.lerp(rgb_to_grayscale(x), x, factor).clamp_(0, 1)
-        else:
+        else:  # hue
             x = adjust_hue(x, change)
     return x
 
@@ -825,12 +830,12 @@ def gaussian_blur(x, p, kernel_size=None, sigma=(0.1, 2.0)):
     n = len(x)
     size = x.shape[3]
     radius = size // 20 if kernel_size is None else kernel_size // 2
-    sigma = uniform(n, device=x.device, low=sigma[0], high=sigma[1])
-    sigma = (sigma[:, None] * chosen(x, p).flatten(1)).clamp(min=1e-3)  # too small to blur
+    sigmas = uniform(n, device=x.device, low=sigma[0], high=sigma[1])[:, None]
+    sigmas = (sigmas * chosen(x, p).flatten(1)).clamp(min=1e-3)  # too small to blur
     if p == 0:  # after the draws, so that those that follow do not depend on p
         return x
     offset = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = torch.softmax(-0.5 * (offset / sigma) ** 2, 1)  # (B, 2 radius + 1)
+    kernel = torch.softmax(-0.5 * (offset / sigmas) ** 2, 1)  # (B, 2 radius + 1)
     source = (torch.arange(size, device=x.device)[:, None] + offset).abs()
     source = size - 1 - (size - 1 - source).abs()  # reflected at both ends
     matrix = x.new_zeros(n, size, size)
@@ -845,7 +850,7 @@ def random_solarize(x, p, threshold=0.5):
 
 
 def normalize(x):
-    """Subtracts ImageNet's mean and divides by its deviation; channels last."""
+    """Subtracts ImageNet's mean and divides by its deviation -> channels_last memory format."""
     # by channel: a tensor of the means would be copied to the device, and waited for
     channels = zip(x.split(1, 1), IMAGENET_MEAN, IMAGENET_STD)
     x = torch.cat([(channel - mean).div_(std) for channel, mean, std in channels], 1)
@@ -1018,8 +1023,8 @@ def save_checkpoint(args, step, images, model, optimizer, backbone):
         if not value.isfinite().all():
             raise Failure(f"{name} is not finite at step {step}: try a lower --lr; {args.out} "
                           "keeps what was saved before")
-    of_this_machine = "out", "resume", "init", "device", "workers", "memory"
-    saved_args = {name: value for name, value in vars(args).items() if name not in of_this_machine}
+    not_saved = "out", "resume", "init", "device", "workers", "memory"
+    saved_args = {name: value for name, value in vars(args).items() if name not in not_saved}
     save_file(f"{args.out}/checkpoint.pth", {
         "method": args.method, "recipe": args.recipe, "args": saved_args, "step": step,
         "images": images.fingerprint(), "model": weights, "optimizer": optimizer.state_dict()})
@@ -1076,33 +1081,35 @@ def cut_log(path, step):
     os.replace(f"{path}.tmp", path)
 
 
-def batches(images, args, step, device):
-    """Yields step, images (B/W, 3, S, S) uint8 and aspect (B/W,), from this step to the last.
+def batches(images, args, first_step, device):
+    """Yields step, images (B/W, 3, S, S) uint8 and aspect (B/W,), from the first step to the last.
 
     Epochs are permutations by seed and epoch, without an incomplete last batch. Before each step
-    the generators are seeded by seed and step. So a resumed run continues bit for bit.
+    the generators are seeded by seed and step. So a resumed run continues as if it had never
+    stopped: bit for bit on a CPU, up to rounding on a GPU.
     """
     steps_per_epoch = len(images) // args.batch_size
     share = args.batch_size // world_size()
 
     def shares():
         """This process's indices, for each step."""
-        for epoch in range(step // steps_per_epoch, args.epochs):
-            generator = torch.Generator().manual_seed(2**40 + args.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(images), generator=generator)
+        for epoch in range(first_step // steps_per_epoch, args.epochs):
+            seed = 2**40 + args.seed * 1_000_003 + epoch  # far from the steps' seeds
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
             order = order[: steps_per_epoch * args.batch_size]
             if images.pixels is not None:
-                order = order.to(device)  # once an epoch: each step would wait for its copy
+                order = order.to(device)  # once per epoch: a copy in each step would be waited for
             order = order.view(steps_per_epoch, world_size(), share)
-            first = step % steps_per_epoch if epoch == step // steps_per_epoch else 0
-            yield from order[first:, rank()]
+            done = max(0, first_step - epoch * steps_per_epoch)  # steps of this epoch
+            yield from order[done:, rank()]
 
-    for now, (pixels, aspect) in enumerate(images.load(shares(), device, replace=True), step):
-        seed = (args.seed + 1) * 1_000_003 + now
+    loaded = images.load(shares(), device, replace=True)
+    for step, (pixels, aspect) in enumerate(loaded, first_step):
+        seed = (args.seed + 1) * 1_000_003 + step  # a prime: runs of other seeds do not overlap
         torch.default_generator.manual_seed(seed)  # torch.manual_seed costs 100 times more
         if device.type != "cpu":
             getattr(torch, device.type).manual_seed(seed)
-        yield now, pixels, aspect
+        yield step, pixels, aspect
 
 
 def log(args, done, total_steps, first_step, started, lr, loss, chance=None, **health):

@@ -285,7 +285,7 @@ def reconstruct(prediction, images, mask, patch_size, norm_pix=True):
 
 
 def augment(images, aspect, image_size, crop_scale):
-    """The paper's augmentation, which leaves the colors alone, since they are to be predicted: uint8
+    """The paper's augmentation, which leaves the colors alone, as they are to be predicted: uint8
     images (B, 3, S, S), resized to squares, and aspect (B,), their original width / height -> views
     (B, 3, image_size, image_size)."""
     from common import normalize, random_horizontal_flip, random_resized_crop
@@ -300,7 +300,7 @@ def augment(images, aspect, image_size, crop_scale):
 
 
 def cosine_schedule(step, total_steps, warmup_steps, peak, end=0.0):
-    """Rises linearly to `peak` over the warm-up, then falls to `end` on half a cosine."""
+    """Rises linearly to `peak` over the warm-up, then moves to `end` on half a cosine."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -332,8 +332,7 @@ def save_reconstruction(args, model, images, device):
 
 
 def train(args):
-    """One view per image and step. Health: the loss falls below `variance`, that of predicting 0.
-    """
+    """One view per image and step. Health: the loss is below `variance`, that of predicting 0."""
     # Imported here, so that this file alone, copied elsewhere, can be imported without them.
     from common import (SAVE_SECONDS, autocast, batch_that_fits, batches, load_checkpoint,
                         load_data, log, log_knn, open_run, parallel, save_checkpoint, save_views,

@@ -370,7 +370,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def cosine_schedule(step, total_steps, warmup_steps, peak, end=0.0):
-    """Rises linearly to `peak` over the warm-up, then falls to `end` on half a cosine."""
+    """Rises linearly to `peak` over the warm-up, then moves to `end` on half a cosine."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)

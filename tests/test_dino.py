@@ -95,8 +95,11 @@ def test_entropy_and_kl_add_up_to_the_loss():
     p = ((teacher - center) / 0.2).softmax(2)
     torch.testing.assert_close(entropy, torch.distributions.Categorical(p).entropy().mean())
     log_p = (student / 0.5).log_softmax(2)
-    kl = [F.kl_div(log_p[v], p[t], reduction="batchmean")
-          for t in range(2) for v in range(5) if v != t]
+    kl = []
+    for t in range(2):
+        for v in range(5):
+            if v != t:
+                kl.append(F.kl_div(log_p[v], p[t], reduction="batchmean"))
     loss = dino_loss(student, teacher, center, 0.5, 0.2)
     torch.testing.assert_close(loss - entropy, sum(kl) / 8)
 
@@ -433,6 +436,10 @@ def recorded(class_folders, monkeypatch):
 
         monkeypatch.setattr(owner, name, recorded)
 
+    def center_and_temperatures(student, teacher, center, student_temperature,
+                                teacher_temperature):
+        return center.clone(), student_temperature, teacher_temperature
+
     def decays(optimizer):
         return [group["weight_decay"] for group in optimizer.param_groups]
 
@@ -440,8 +447,7 @@ def recorded(class_folders, monkeypatch):
         run.last_layers.append(student["head"].last_layer.weight.detach().clone())
         return ema_momentum
 
-    record(dino, "dino_loss", lambda student, teacher, center, *temperatures: (
-        center.clone(), *temperatures))
+    record(dino, "dino_loss", center_and_temperatures)
     record(dino, "clip_gradients", lambda parameters, max_norm: max_norm)
     record(torch.optim.AdamW, "step", decays)
     record(dino, "ema_update", momentum_of_ema)
@@ -541,8 +547,9 @@ def test_noise_of_stochastic_depth_is_drawn_for_the_total_batch(class_folders, m
 
 def test_augmentation_is_that_of_the_paper(operations, class_folders):
     """What is done to make views.png, with the numbers of the imagenet recipe."""
-    dino.train(dino.parse_args("--data images --recipe imagenet -a resnet8 --image-size 32 "
-                               "--local-size 16 --out-dim 8 --hidden-dim 8 -b 8 --epochs 0".split()))
+    args = ("--data images --recipe imagenet -a resnet8 --image-size 32 --local-size 16 "
+            "--out-dim 8 --hidden-dim 8 -b 8 --epochs 0")
+    dino.train(dino.parse_args(args.split()))
 
     def view(size, crop_scale, blur, solarize):
         return [("random_resized_crop", {"size": size, "scale": crop_scale,

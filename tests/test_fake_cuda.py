@@ -10,9 +10,17 @@ from unittest import mock
 import fake_cuda
 import pytest
 import torch
+from conftest import METHODS
 
 pytestmark = pytest.mark.torture  # minutes; it stands on private functions of torch
-METHODS = "simclr moco byol simsiam swav barlow dino mae rotation jigsaw".split()
+
+FLAGS = ("--recipe demo -b 8 --epochs 1 --warmup-epochs 0 --image-size 32 --max-images 32 "
+         "--workers 0 --device cuda --print-freq 2 --out run")  # four steps; the third has no line
+VARIANTS = [(method, "") for method in METHODS] + [
+    ("simclr", "--loss flatnce"), ("simclr", "--loss hard"), ("simclr", "--optimizer lars"),
+    ("moco", "--version 3 --hidden-dim 32"), ("swav", "--queue-size 16 --small-crops 2"),
+    ("barlow", "--loss vicreg"), ("dino", "-a vit_micro --drop-path 0.1"),
+    ("mae", "--objective simmim"), ("jigsaw", "--task relative")]
 
 
 @pytest.fixture(scope="module")
@@ -22,30 +30,35 @@ def process():
         yield pool
 
 
-def train(method, folder, insert="pass"):
-    """In the process: four steps, of which all but the third print; `insert` goes into each."""
+def train(method, folder, more_flags="", insert="pass"):
+    """What the process runs: a training without its report, with a statement inserted before each
+    loss.backward()."""
     torch.set_num_threads(1)
     os.chdir(folder)
-    flags = "--recipe demo -b 8 --epochs 1 --warmup-epochs 0 --image-size 32 --max-images 32 " \
-            "--workers 0 --device cuda --print-freq 2 --out run"
-    flags += "" if method == "mae" else " -a resnet8x0.5"
-    module, line, scope = importlib.import_module(method), "loss.backward()", {"__name__": method}
+    flags = f"{FLAGS} {more_flags}".split()
+    if method != "mae" and "-a" not in flags:
+        flags += ["-a", "resnet8x0.5"]
+    module = importlib.import_module(method)
     source = inspect.getsource(module)
-    assert source.count(line) == 1
-    code = compile(source.replace(line, f"{insert}; {line}"), module.__file__, "exec")
+    line = "loss.backward()"
+    if insert != "pass":
+        assert source.count(line) == 1
+        source = source.replace(line, f"{insert}; {line}")
+    scope = {"__name__": method}
 
     def run():
+        exec(compile(source, module.__file__, "exec"), scope)
         with mock.patch("linear_probe.evaluate", side_effect=EOFError), pytest.raises(EOFError):
-            exec(code, scope)
-            scope["train"](scope["parse_args"](flags.split()))
+            scope["train"](scope["parse_args"](flags))
 
     return fake_cuda.record(run)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_only_log_lines_wait_for_the_device(process, tmp_path, method):
-    waits, products = process.submit(train, method, tmp_path).result()
-    assert [len(places) for places in waits[1:-1]] == [1, 1, 0], waits[1:-1]  # from step 1 on
+@pytest.mark.parametrize("method, flags", VARIANTS, ids=[" ".join(v).strip() for v in VARIANTS])
+def test_only_log_lines_wait_for_the_device(process, tmp_path, method, flags):
+    waits, products = process.submit(train, method, tmp_path, flags).result()
+    assert len(waits) == 5  # up to each of the four backward passes, and from there to the end
+    assert [len(places) for places in waits[1:-1]] == [1, 1, 0], waits[1:-1]
     assert products[torch.bfloat16] > products[torch.float32]
 
 
@@ -53,7 +66,7 @@ def test_waits_are_counted(process, tmp_path):
     insert = ("loss.item(); bool(loss > 0); torch.tensor(1.0, device='cuda'); "
               "images[aspect > 0]; images[torch.arange(2)]; f'{loss:.2f}'; "
               "torch.where(loss > 0, loss, 0); torch.cuda.synchronize()")
-    waits, _ = process.submit(train, "simclr", tmp_path, insert).result()
+    waits, _ = process.submit(train, "simclr", tmp_path, "", insert).result()
     assert [place.split()[0] for place in waits[3]] == [
         "_local_scalar_dense", "_local_scalar_dense", "_to_copy", "index", "index", "_to_copy",
         "_local_scalar_dense"]
@@ -66,4 +79,4 @@ def test_waits_are_counted(process, tmp_path):
     ("loss = loss.bfloat16()", "the loss is torch.bfloat16")])
 def test_mixtures_are_refused(process, tmp_path, insert, error):
     with pytest.raises(RuntimeError, match=error):
-        process.submit(train, "simclr", tmp_path, insert).result()
+        process.submit(train, "simclr", tmp_path, "", insert).result()

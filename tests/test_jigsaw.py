@@ -219,9 +219,10 @@ def test_shuffled_tiles_laid_out_by_their_order_are_the_image():
     assert torch.equal(picture, lay_out(tiles, torch.arange(9)))
     for row in range(3):
         for column in range(3):
-            on_white = picture[..., 10 * row + 2 : 10 * row + 10, 10 * column + 2 : 10 * column + 10]
+            rows = slice(2 + 10 * row, 10 + 10 * row)  # with white of two pixels around
+            columns = slice(2 + 10 * column, 10 + 10 * column)
             cell = images[..., 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
-            assert torch.equal(on_white, cell)
+            assert torch.equal(picture[..., rows, columns], cell)
 
 
 def test_relative_tiles_are_laid_out_on_white():

@@ -360,8 +360,9 @@ def test_continues_with_other_workers(monkeypatch):
         return train, test
 
     stop_after(2, "simclr")
-    monkeypatch.setattr(common, "load_data", load_data_with_workers)
-    resume("simclr", "--memory", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "load_data", load_data_with_workers)
+        resume("simclr", "--memory", "0")
     assert same(state(), undisturbed("simclr"))
 
 
@@ -407,8 +408,9 @@ def test_resume_alone_continues_the_latest_run(capsys):
 
 def test_a_finished_run_is_only_evaluated_again(monkeypatch):
     start("simclr")
-    monkeypatch.setattr(common, "log", None)
-    resume("simclr")
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "log", None)
+        resume("simclr")
     assert same(state(), undisturbed("simclr"))
 
 
