@@ -177,12 +177,12 @@ class LARS(torch.optim.Optimizer):
         return loss
 
 
-def cosine_schedule(step, total_steps, warmup_steps, peak, end=0.0):
-    """Rises linearly to `peak` over the warm-up, then moves to `end` on half a cosine."""
+def cosine_schedule(step, total_steps, warmup_steps, start, end=0.0):
+    """Rises linearly to `start` over the warm-up, then moves to `end` on half a cosine."""
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return start * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (peak - end) * (1 + math.cos(math.pi * progress)) / 2
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @torch.no_grad()
@@ -226,22 +226,21 @@ def train(args):
     model = BYOL(backbone, backbone.feature_dim, args.hidden_dim, args.proj_dim)
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
-    view = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale,
-                   jitter_strength=args.jitter_strength)
-    augment1 = partial(view, blur=args.blur1, solarize=0.0)
-    augment2 = partial(view, blur=args.blur2, solarize=args.solarize2)
+    augment_both = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale,
+                           jitter_strength=args.jitter_strength)
+    augment1 = partial(augment_both, blur=args.blur1, solarize=0.0)
+    augment2 = partial(augment_both, blur=args.blur2, solarize=args.solarize2)
     chance = 4.0
 
     open_run(args)
-    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or the step to resume from
+    first_step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where to resume
     network = parallel(model, args.compile)  # DDP and SyncBN when there are several processes
     save_views(args, train_set, device, augment1, augment2)
     untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
                               calibrate=True)
-    first_step = step
     started = saved_at = time.monotonic()
 
-    for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
+    for step, images, aspect in batches(train_set, args, first_step, device):  # seeds each step
         lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -259,7 +258,7 @@ def train(args):
         done = step + 1
         epoch_ends = done % steps_per_epoch == 0
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
-            log(args, done, total_steps, first_step, started, lr, loss, chance,
+            log(args, done, total_steps, first_step, started, lr=lr, loss=loss, chance=chance,
                 spread=spread(gather(z1.float())))
         if epoch_ends:
             paused = time.monotonic()

@@ -231,8 +231,8 @@ def wait_for_all():
 
 
 def gather(x):
-    """(B/W, ...) on each of W processes -> (B, ...) in their order, with gradient. Each fills in its
-    own rows, with zeros elsewhere, and these are summed."""
+    """(B/W, ...) on each of W processes -> (B, ...) in their order, with gradient. Each process
+    fills in its own rows, with zeros elsewhere, and these are summed."""
     rows = [x if i == rank() else torch.zeros_like(x) for i in range(world_size())]
     return all_sum(torch.cat(rows))
 
@@ -945,8 +945,8 @@ SAVE_SECONDS = 120  # between checkpoints
 
 
 def open_run(args):
-    """Make the run's folder args.out, on rank 0; without --out, the next free one in runs/. An empty
-    log marks it at once, so that of two runs with the same --out the second is refused."""
+    """Make the run's folder args.out, on rank 0; without --out, the next free one in runs/. An
+    empty log marks it at once, so that of two runs with the same --out the second is refused."""
     if rank() == 0:
         args.out = args.out or free_folder(args.method)
         os.makedirs(args.out, exist_ok=True)
@@ -1075,7 +1075,7 @@ def cut_log(path, step):
             with suppress(ValueError):
                 entry = json.loads(line)
                 if entry["step"] <= step and "report" not in entry:
-                    kept.append(line)
+                    kept.append(line.rstrip("\n") + "\n")
     with open(f"{path}.tmp", "w") as file:
         file.writelines(kept)
     os.replace(f"{path}.tmp", path)

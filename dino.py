@@ -141,7 +141,8 @@ class ViT(nn.Module):
         self.apply(init_linear)
 
     def positions(self, height, width):
-        """-> the position embeddings of height · width patches: (1, 1 + height · width, C)."""
+        """-> the position embeddings of height · width patches, (1, 1 + height · width, C): for
+        image_size as they are, else interpolated."""
         grid = self.pos_embed[:, 1:].unflatten(1, (self.grid_size, self.grid_size))
         grid = grid.permute(0, 3, 1, 2)  # (1, C, grid_size, grid_size)
         grid = F.interpolate(grid, (height, width), mode="bicubic")
@@ -204,7 +205,7 @@ class Head(nn.Module):
 
     def forward(self, x):
         x = F.normalize(self.mlp(x), dim=1)
-        return F.linear(x, F.normalize(self.last_layer.weight, dim=1))  # weight norm with g = 1
+        return F.linear(x, F.normalize(self.last_layer.weight, dim=1))  # of unit length
 
 
 def without_dropout(network):
@@ -248,7 +249,7 @@ class DINO(nn.Module):
             parts = noise.flatten(0, 1).split([batch.shape[0] for batch in batches])
             features = [backbone(batch, part) for batch, part in zip(batches, parts)]
         features = torch.cat(features)
-        if features.dim() != 2:  # of tokens, the softmax would run over the tokens
+        if features.dim() != 2:  # the loss's softmax would run over the tokens
             raise ValueError(f"the backbone must return (B, C), not {tuple(features.shape)}")
         student = self.student["head"](features)
         with torch.no_grad():
@@ -276,10 +277,10 @@ def dino_loss(student, teacher, center, student_temperature, teacher_temperature
 
 @torch.no_grad()
 def teacher_entropy(teacher, center, teacher_temperature):
-    """Health: mean entropy of the teacher's distributions, in nats: (2, B, K) -> scalar. It should
-    stay well above 0 (one class dominates: centering too weak) and below ln K (all classes alike:
-    sharpening too weak). The loss minus it is the log line's kl, the divergence of the student from
-    the teacher, which should not vanish: it is 0 in either collapse (figure 7)."""
+    """Health: mean entropy of the teacher's distributions, in nats: (2, B, K) -> scalar. Near 0,
+    one class takes all: centering too weak. Near ln K, all classes are alike: sharpening too weak.
+    The loss minus it is the log line's kl, the divergence of the student from the teacher, which
+    should not vanish: it is 0 in either collapse (figure 7)."""
     log_p = torch.log_softmax((teacher - center) / teacher_temperature, 2)
     return -(log_p.exp() * log_p).sum(2).mean()
 
@@ -304,7 +305,7 @@ def augment(images, aspect, size, crop_scale, jitter_strength, blur, solarize=0.
     """BYOL's augmentation, for all views: uint8 images (B, 3, S, S), resized to squares, and aspect
     (B,), their original width / height -> views (B, 3, size, size). crop_scale: smallest and
     largest crop, as fractions of the image's area. blur, solarize: the fractions of the views that
-    are blurred and solarized."""
+    are blurred and solarised."""
     from common import (color_jitter, gaussian_blur, normalize, random_grayscale,
                         random_horizontal_flip, random_resized_crop, random_solarize)
 
@@ -321,12 +322,12 @@ def augment(images, aspect, size, crop_scale, jitter_strength, blur, solarize=0.
 # ------------------------------------------------------------------------------------- training
 
 
-def cosine_schedule(step, total_steps, warmup_steps, peak, end=0.0):
-    """Rises linearly to `peak` over the warm-up, then moves to `end` on half a cosine."""
+def cosine_schedule(step, total_steps, warmup_steps, start, end=0.0):
+    """Rises linearly to `start` over the warm-up, then moves to `end` on half a cosine."""
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return start * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (peak - end) * (1 + math.cos(math.pi * progress)) / 2
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def linear_schedule(epoch, warmup_epochs, start, end):
@@ -413,16 +414,15 @@ def train(args):
     chance = math.log(args.out_dim)
 
     open_run(args)
-    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or the step to resume from
+    first_step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where to resume
     network = parallel(model, args.compile)  # DDP and SyncBN when there are several processes
     augments = [augment1, augment2] + [augment_local] * args.local_views
     save_views(args, train_set, device, *augments)
     untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
                               calibrate=True)
-    first_step = step
     started = saved_at = time.monotonic()
 
-    for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
+    for step, images, aspect in batches(train_set, args, first_step, device):  # seeds each step
         lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr, end=1e-6)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -461,7 +461,7 @@ def train(args):
         done = step + 1
         epoch_ends = done % steps_per_epoch == 0
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
-            log(args, done, total_steps, first_step, started, lr, loss, chance,
+            log(args, done, total_steps, first_step, started, lr=lr, loss=loss, chance=chance,
                 entropy=entropy, kl=loss - entropy)
         if epoch_ends:
             paused = time.monotonic()
@@ -530,7 +530,7 @@ def parse_args(argv=None):
     add("--blur", type=float, help="fraction of the first global views that are blurred (second "
         "ones: times 0.1, local ones: times 0.5); paper: 1")
     add("--solarize2", type=float,
-        help="fraction of the second global views that are solarized; paper: 0.2")
+        help="fraction of the second global views that are solarised; paper: 0.2")
     add("--out-dim", type=int, help="classes, K; paper: 65536")
     add("--hidden-dim", type=int, help="width of the head; paper: 2048")
     add("--head-bn", action=BooleanOptionalAction, help="BN in the head; paper: no")

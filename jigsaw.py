@@ -158,14 +158,14 @@ def random_square(images, aspect, size):
     return resized_crop(images, torch.cat([corner, sides], 1), size)
 
 
-def random_puzzles(images, aspect, view, orders, tile_size):
-    """Augment the images by `view`, cut and shuffle them -> tiles (B, N, 3, t, t), each image's in
+def random_puzzles(images, aspect, make_view, orders, tile_size):
+    """Augment the images by `make_view`, cut and shuffle them -> tiles (B, N, 3, t, t), each image's in
     a random one of the `orders` (P, N), and the index of this order (B,)."""
     from common import uniform
 
     offsets = uniform(len(images), 9, 2, device=images.device)
     order = uniform(len(images), device=images.device, high=len(orders)).long()
-    tiles = cut_tiles(view(images, aspect), 3, tile_size, offsets)
+    tiles = cut_tiles(make_view(images, aspect), 3, tile_size, offsets)
     return shuffle(tiles, orders[order]), order
 
 
@@ -218,7 +218,7 @@ def relative_pairs():
 # ------------------------------------------------------------------------------------- training
 
 
-def stepwise(step, total_steps, warmup_steps, peak, drops, factor):
+def stepwise_schedule(step, total_steps, warmup_steps, peak, drops, factor):
     """Rises linearly to `peak` over the warm-up, then is constant, except that it is multiplied by
     `factor` at each of the `drops`: fractions of the training, from 0 to 1."""
     passed = sum(step >= round(drop * total_steps) for drop in drops)
@@ -282,24 +282,25 @@ def train(args):
     model = Jigsaw(backbone, backbone.feature_dim, orders, args.tile_dim, args.hidden_dim)
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, args.weight_decay)
-    view = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale, gray=args.gray,
-                   invert=args.invert)
-    puzzles = partial(random_puzzles, view=view, orders=model.orders, tile_size=args.tile_size)
+    make_view = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale,
+                        gray=args.gray, invert=args.invert)
+    puzzles = partial(random_puzzles, make_view=make_view, orders=model.orders,
+                      tile_size=args.tile_size)
     chance = math.log(len(orders))
 
     open_run(args)
-    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or the step to resume from
+    first_step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where to resume
     network = parallel(model, args.compile)  # DDP and SyncBN when there are several processes
     shown, aspect = examples(train_set, device)
     shown_tiles, shown_order = puzzles(shown, aspect)
     save_puzzles(f"{args.out}/views.png", shown, shown_tiles, model.orders[shown_order])
     untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
                               calibrate=True)
-    first_step = step
     started = saved_at = time.monotonic()
 
-    for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
-        lr = stepwise(step, total_steps, warmup_steps, peak_lr, args.lr_drops, args.lr_factor)
+    for step, images, aspect in batches(train_set, args, first_step, device):  # seeds each step
+        lr = stepwise_schedule(step, total_steps, warmup_steps, peak_lr, args.lr_drops,
+                               args.lr_factor)
         for group in optimizer.param_groups:
             group["lr"] = lr
         tiles, order = puzzles(images, aspect)
@@ -313,7 +314,7 @@ def train(args):
         done = step + 1
         epoch_ends = done % steps_per_epoch == 0
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
-            log(args, done, total_steps, first_step, started, lr, loss, chance,
+            log(args, done, total_steps, first_step, started, lr=lr, loss=loss, chance=chance,
                 puzzles_solved=solved(logits, order))
         if epoch_ends:
             paused = time.monotonic()

@@ -406,8 +406,8 @@ def build_resnet(weights, image_size, stem_padding):
 
 
 def build_vit(weights, image_size, heads):
-    """-> the untrained ViT of these names and shapes, the size of its images in pixels, and what had
-    to be assumed, in words."""
+    """-> the untrained ViT of these names and shapes, the size of its images in pixels, and what
+    had to be assumed, in words."""
     dim, _, patch_size, _ = weights["conv_proj.weight"].shape
     patches = weights["encoder.pos_embedding"].shape[1] - 1
     image_size = image_size or patch_size * math.isqrt(patches)
@@ -481,7 +481,7 @@ def load_backbone(path, image_size=None, arch=None, stem_padding=1, heads=None, 
 
 
 def save_features(backbone, sets, image_size, device, path):
-    """One .npz: features (N, C), names, labels (-1: none) and classes, in the order of the files."""
+    """One .npz: features (N, C), names, labels (-1: none) and classes, in the files' order."""
     features = []
     labels = []
     names = []

@@ -86,12 +86,15 @@ def positions(dim, grid):
     class token: (1, 1 + grid², dim).
 
     A quarter of the dimensions each: sin xω, cos xω, sin yω, cos yω, ω from 1 to almost 1 / 10000.
-    x, the column, comes first, as in MAE's official code; in MoCo v3's, by torch.meshgrid, the row.
+    The column x comes first, as in MAE's official code. In MoCo v3's it is the row, since its
+    torch.meshgrid exchanges the two.
     """
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega
     code = torch.cat([angle.sin(), angle.cos()], 1)
-    places = torch.cat([code.repeat(grid, 1), code.repeat_interleave(grid, 0)], 1)
+    x_code = code.repeat(grid, 1)  # columns 0 1 2 0 1 2 ...
+    y_code = code.repeat_interleave(grid, 0)  # rows 0 0 0 1 1 1 ...
+    places = torch.cat([x_code, y_code], 1)
     return F.pad(places, (0, 0, 1, 0))[None].float()
 
 
@@ -299,12 +302,12 @@ def augment(images, aspect, image_size, crop_scale):
 # ------------------------------------------------------------------------------------- training
 
 
-def cosine_schedule(step, total_steps, warmup_steps, peak, end=0.0):
-    """Rises linearly to `peak` over the warm-up, then moves to `end` on half a cosine."""
+def cosine_schedule(step, total_steps, warmup_steps, start, end=0.0):
+    """Rises linearly to `start` over the warm-up, then moves to `end` on half a cosine."""
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return start * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (peak - end) * (1 + math.cos(math.pi * progress)) / 2
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def make_optimizer(model, weight_decay):
@@ -361,24 +364,23 @@ def train(args):
         loss_function = partial(simmim_loss, patch_size=args.patch_size)
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, args.weight_decay)
-    view = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale)
+    make_view = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale)
     num_patches = (args.image_size // args.patch_size) ** 2
     knn_sizes = 500, 200  # fewer than usual: a step encodes only a quarter of each image
 
     open_run(args)
-    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or the step to resume from
+    first_step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where to resume
     network = parallel(model, args.compile)  # DDP and SyncBN when there are several processes
-    save_views(args, train_set, device, view)
+    save_views(args, train_set, device, make_view)
     untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device, knn_sizes,
                               calibrate=True)
-    first_step = step
     started = saved_at = time.monotonic()
 
-    for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
+    for step, images, aspect in batches(train_set, args, first_step, device):  # seeds each step
         lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        views = view(images, aspect)
+        views = make_view(images, aspect)
         noise = uniform(len(views), num_patches, device=device)  # it decides what is removed
         with autocast(device):
             prediction, mask = network(views, noise)
@@ -391,7 +393,7 @@ def train(args):
         done = step + 1
         epoch_ends = done % steps_per_epoch == 0
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
-            log(args, done, total_steps, first_step, started, lr, loss,
+            log(args, done, total_steps, first_step, started, lr=lr, loss=loss,
                 variance=loss_function(torch.zeros_like(prediction), views, mask))
         if epoch_ends:
             paused = time.monotonic()

@@ -29,7 +29,6 @@ Reuse    from moco import MoCo, MoCoV3, moco_loss, moco_v3_loss, make_vit   (wit
 
 import copy
 import math
-import os
 import time
 from functools import partial
 
@@ -158,9 +157,10 @@ class GroupBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         groups = max(1, min(self.groups, len(x) // 2))
         statistics = self.running_mean.new_zeros(groups, 2, x.shape[1])  # means and variances
+        # batch_norm updates the buffers that it is given: with a momentum of 1, it overwrites them
+        # with the mean and variance of this part.
         outputs = []
         for part, (mean, variance) in zip(x.tensor_split(groups), statistics):
-            # With a momentum of 1, batch_norm writes the part's statistics into mean and variance.
             outputs.append(F.batch_norm(part, mean, variance, self.weight, self.bias,
                                         training=True, momentum=1.0, eps=self.eps))
         mean, variance = statistics.mean(0)
@@ -211,12 +211,15 @@ def positions(dim, grid):
     class token: (1, 1 + grid², dim).
 
     A quarter of the dimensions each: sin xω, cos xω, sin yω, cos yω, ω from 1 to almost 1 / 10000.
-    x, the column, comes first, as in MAE's official code; in MoCo v3's, by torch.meshgrid, the row.
+    The column x comes first, as in MAE's official code. In MoCo v3's it is the row, since its
+    torch.meshgrid exchanges the two.
     """
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega
     code = torch.cat([angle.sin(), angle.cos()], 1)
-    places = torch.cat([code.repeat(grid, 1), code.repeat_interleave(grid, 0)], 1)
+    x_code = code.repeat(grid, 1)  # columns 0 1 2 0 1 2 ...
+    y_code = code.repeat_interleave(grid, 0)  # rows 0 0 0 1 1 1 ...
+    places = torch.cat([x_code, y_code], 1)
     return F.pad(places, (0, 0, 1, 0))[None].float()
 
 
@@ -369,12 +372,12 @@ class LARS(torch.optim.Optimizer):
         return loss
 
 
-def cosine_schedule(step, total_steps, warmup_steps, peak, end=0.0):
-    """Rises linearly to `peak` over the warm-up, then moves to `end` on half a cosine."""
+def cosine_schedule(step, total_steps, warmup_steps, start, end=0.0):
+    """Rises linearly to `start` over the warm-up, then moves to `end` on half a cosine."""
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return start * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (peak - end) * (1 + math.cos(math.pi * progress)) / 2
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @torch.no_grad()
@@ -401,9 +404,9 @@ def make_optimizer(name, model, weight_decay):
 def train(args):
     """Algorithm 1 of v1 (for v1 and v2) or of v3, once per step."""
     # Imported here, so that this file alone, copied elsewhere, can be imported without them.
-    from common import (SAVE_SECONDS, autocast, batch_that_fits, batches, gather, load_checkpoint,
-                        load_data, log, log_knn, make_backbone, open_run, parallel, save_checkpoint,
-                        save_views, start, warmup_that_fits, world_size, write_log)
+    from common import (SAVE_SECONDS, Failure, autocast, batch_that_fits, batches, gather,
+                        load_checkpoint, load_data, log, log_knn, make_backbone, open_run, parallel,
+                        save_checkpoint, save_views, start, warmup_that_fits, world_size, write_log)
     from linear_probe import evaluate, load_backbone, quick_knn
 
     device = start(args.device, args.seed)
@@ -423,6 +426,8 @@ def train(args):
     if args.init:
         load_backbone(args.init, network=backbone)
     if args.version < 3:
+        if args.bn_groups % world_size() != 0:
+            raise Failure(f"--bn-groups {args.bn_groups}: no multiple of {world_size()} processes")
         model = MoCo(backbone, backbone.feature_dim, proj_layers=1 if args.version == 1 else 2,
                      proj_dim=args.proj_dim, queue_size=args.queue_size,
                      bn_groups=args.bn_groups // world_size())
@@ -432,47 +437,40 @@ def train(args):
         model = MoCoV3(backbone, backbone.feature_dim, args.proj_dim, args.hidden_dim,
                        proj_layers=3 if is_vit else 2, pred_last_norm=is_vit)
         last_ema_momentum = 1.0
-        chance = 2 * 2 * args.temperature * math.log(args.batch_size)  # two directions
+        chance = 2 * (2 * args.temperature * math.log(args.batch_size))  # the sum of two losses
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
-    view = partial(augment, version=args.version, image_size=args.image_size,
-                   crop_scale=args.crop_scale)
-    augment1 = partial(view, blur=args.blur1, solarize=0.0)
-    augment2 = partial(view, blur=args.blur2, solarize=args.solarize2)
+    augment_both = partial(augment, version=args.version, image_size=args.image_size,
+                           crop_scale=args.crop_scale)
+    augment1 = partial(augment_both, blur=args.blur1, solarize=0.0)
+    augment2 = partial(augment_both, blur=args.blur2, solarize=args.solarize2)
 
     open_run(args)
-    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or the step to resume from
+    first_step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where to resume
     # DDP when there are several processes, and SyncBN in v3, which has no groups
     network = parallel(model, args.compile, sync_bn=args.version == 3)
     save_views(args, train_set, device, augment1, augment2)
     untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
                               calibrate=True)
-    first_step = step
     started = saved_at = time.monotonic()
 
-    for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
+    for step, images, aspect in batches(train_set, args, first_step, device):  # seeds each step
         lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         ema_momentum = cosine_schedule(step, total_steps, 0, args.ema_momentum, last_ema_momentum)
         view1 = augment1(images, aspect)
         view2 = augment2(images, aspect)
+        ema_update(model.target, model.online, ema_momentum)
         if args.version < 3:
             view2, order = shuffle_rows(view2)
-            ema_update(model.target, model.online, ema_momentum)
             with autocast(device):
                 query, key = network(view1, view2)
             query = gather(query.float())
-            key = gather(key.float())[order.argsort()]  # in the order of the queries
+            unshuffle = order.argsort()  # the inverse permutation
+            key = gather(key.float())[unshuffle]  # row i is again the key of query i
             loss = moco_loss(query, key, model.queue, args.temperature)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            found = positive_found(query, key, model.queue)
-            model.enqueue(key)
-            average_statistics(model)
         else:
-            ema_update(model.target, model.online, ema_momentum)
             with autocast(device):
                 query1, query2, key1, key2 = network(view1, view2)
             query1 = gather(query1.float())
@@ -481,15 +479,20 @@ def train(args):
             key2 = gather(key2.float())
             loss = (moco_v3_loss(query1, key2, args.temperature)
                     + moco_v3_loss(query2, key1, args.temperature))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if args.version < 3:
+            found = positive_found(query, key, model.queue)
+            model.enqueue(key)
+            average_statistics(model)
+        else:
             found = positive_found(query1, key2)
 
         done = step + 1
         epoch_ends = done % steps_per_epoch == 0
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
-            log(args, done, total_steps, first_step, started, lr, loss, chance,
+            log(args, done, total_steps, first_step, started, lr=lr, loss=loss, chance=chance,
                 positive_found=found)
         if epoch_ends:
             paused = time.monotonic()
@@ -554,9 +557,6 @@ def parse_args(argv=None):
     add("--solarize2", type=float, help="fraction of views 2 that are solarised; paper: v3 0.2")
     args = parse_with_recipe(parser, RECIPES, argv)
 
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-    if args.version < 3 and args.bn_groups % processes != 0:
-        parser.error(f"--bn-groups {args.bn_groups}: no multiple of the {processes} processes")
     patch_size = choose_patch_size(args.image_size)
     if args.arch in VITS and args.image_size % patch_size != 0:
         parser.error(f"--image-size {args.image_size}: no multiple of the patches' {patch_size}")

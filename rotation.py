@@ -138,7 +138,7 @@ def random_shift(x, padding, offsets=None):
 # ------------------------------------------------------------------------------------- training
 
 
-def stepwise(step, total_steps, warmup_steps, peak, drops, factor):
+def stepwise_schedule(step, total_steps, warmup_steps, peak, drops, factor):
     """Rises linearly to `peak` over the warm-up, then is constant, except that it is multiplied by
     `factor` at each of the `drops`: fractions of the training, from 0 to 1."""
     passed = sum(step >= round(drop * total_steps) for drop in drops)
@@ -154,13 +154,13 @@ def make_optimizer(model, weight_decay):
                            weight_decay=weight_decay)
 
 
-def save_rotations(args, images, device, view):
+def save_rotations(args, images, device, make_view):
     """views.png: some images as they are, and a view of each in its four rotations."""
     from common import denormalize, examples, rank, save_picture
 
     if rank() == 0:
         pixels, aspect = examples(images, device)
-        rotated, _ = rotate_four(denormalize(view(pixels, aspect)))
+        rotated, _ = rotate_four(denormalize(make_view(pixels, aspect)))
         save_picture(f"{args.out}/views.png", pixels / 255, *rotated.chunk(4))
 
 
@@ -187,23 +187,23 @@ def train(args):
     model = RotNet(backbone, backbone.feature_dim)
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, args.weight_decay)
-    view = partial(augment, image_size=args.image_size, crop=args.crop, invert=args.invert)
+    make_view = partial(augment, image_size=args.image_size, crop=args.crop, invert=args.invert)
     chance = math.log(4)
 
     open_run(args)
-    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or the step to resume from
+    first_step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where to resume
     network = parallel(model, args.compile)  # DDP and SyncBN when there are several processes
-    save_rotations(args, train_set, device, view)
+    save_rotations(args, train_set, device, make_view)
     untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
                               calibrate=True)
-    first_step = step
     started = saved_at = time.monotonic()
 
-    for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
-        lr = stepwise(step, total_steps, warmup_steps, peak_lr, args.lr_drops, args.lr_factor)
+    for step, images, aspect in batches(train_set, args, first_step, device):  # seeds each step
+        lr = stepwise_schedule(step, total_steps, warmup_steps, peak_lr, args.lr_drops,
+                               args.lr_factor)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        rotated, rotation = rotate_four(view(images, aspect))
+        rotated, rotation = rotate_four(make_view(images, aspect))
         with autocast(device):
             logits = network(rotated)
         loss = rotation_loss(logits.float(), rotation)
@@ -214,7 +214,7 @@ def train(args):
         done = step + 1
         epoch_ends = done % steps_per_epoch == 0
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
-            log(args, done, total_steps, first_step, started, lr, loss, chance,
+            log(args, done, total_steps, first_step, started, lr=lr, loss=loss, chance=chance,
                 rotations_solved=solved(logits, rotation))
         if epoch_ends:
             paused = time.monotonic()

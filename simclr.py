@@ -148,12 +148,12 @@ class LARS(torch.optim.Optimizer):
         return loss
 
 
-def cosine_schedule(step, total_steps, warmup_steps, peak, end=0.0):
-    """Rises linearly to `peak` over the warm-up, then moves to `end` on half a cosine."""
+def cosine_schedule(step, total_steps, warmup_steps, start, end=0.0):
+    """Rises linearly to `start` over the warm-up, then moves to `end` on half a cosine."""
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return start * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (peak - end) * (1 + math.cos(math.pi * progress)) / 2
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def make_optimizer(name, model, weight_decay):
@@ -190,25 +190,24 @@ def train(args):
     model = SimCLR(backbone, backbone.feature_dim, args.proj_dim, args.proj_layers)
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
-    view = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale,
-                   jitter_strength=args.jitter_strength, blur=args.blur)
+    make_view = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale,
+                        jitter_strength=args.jitter_strength, blur=args.blur)
     chance = math.log(2 * args.batch_size - 1) if args.loss == "nt-xent" else None
 
     open_run(args)
-    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or the step to resume from
+    first_step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where to resume
     network = parallel(model, args.compile)  # DDP and SyncBN when there are several processes
-    save_views(args, train_set, device, view, view)
+    save_views(args, train_set, device, make_view, make_view)
     untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
                               calibrate=True)
-    first_step = step
     started = saved_at = time.monotonic()
 
-    for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
+    for step, images, aspect in batches(train_set, args, first_step, device):  # seeds each step
         lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        view1 = view(images, aspect)
-        view2 = view(images, aspect)
+        view1 = make_view(images, aspect)
+        view2 = make_view(images, aspect)
         with autocast(device):
             z1, z2 = network(view1, view2)
         z1 = gather(z1.float())  # negatives from all processes
@@ -224,7 +223,7 @@ def train(args):
         done = step + 1
         epoch_ends = done % steps_per_epoch == 0
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
-            log(args, done, total_steps, first_step, started, lr, loss, chance,
+            log(args, done, total_steps, first_step, started, lr=lr, loss=loss, chance=chance,
                 positive_found=positive_found(z1, z2))
         if epoch_ends:
             paused = time.monotonic()

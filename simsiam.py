@@ -115,12 +115,12 @@ def augment(images, aspect, image_size, crop_scale, jitter_strength, blur):
 # ------------------------------------------------------------------------------------- training
 
 
-def cosine_schedule(step, total_steps, warmup_steps, peak, end=0.0):
-    """Rises linearly to `peak` over the warm-up, then moves to `end` on half a cosine."""
+def cosine_schedule(step, total_steps, warmup_steps, start, end=0.0):
+    """Rises linearly to `start` over the warm-up, then moves to `end` on half a cosine."""
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return start * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (peak - end) * (1 + math.cos(math.pi * progress)) / 2
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def make_optimizer(model, weight_decay):
@@ -154,20 +154,19 @@ def train(args):
     model = SimSiam(backbone, backbone.feature_dim, args.proj_dim, args.pred_dim, args.proj_layers)
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, args.weight_decay)
-    view = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale,
-                   jitter_strength=args.jitter_strength, blur=args.blur)
+    make_view = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale,
+                        jitter_strength=args.jitter_strength, blur=args.blur)
     chance = 0.0
 
     open_run(args)
-    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or the step to resume from
+    first_step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where to resume
     network = parallel(model, args.compile)  # DDP and SyncBN when there are several processes
-    save_views(args, train_set, device, view, view)
+    save_views(args, train_set, device, make_view, make_view)
     untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
                               calibrate=True)
-    first_step = step
     started = saved_at = time.monotonic()
 
-    for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
+    for step, images, aspect in batches(train_set, args, first_step, device):  # seeds each step
         if step < warmup_steps:  # the paper needs no warm-up
             lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr)
         else:  # one rate for each epoch, as in the official code
@@ -176,8 +175,8 @@ def train(args):
         encoder_group, predictor_group = optimizer.param_groups
         encoder_group["lr"] = lr
         predictor_group["lr"] = peak_lr  # not decayed
-        view1 = view(images, aspect)
-        view2 = view(images, aspect)
+        view1 = make_view(images, aspect)
+        view2 = make_view(images, aspect)
         with autocast(device):
             p1, p2, z1, z2 = network(view1, view2)
         loss = simsiam_loss(p1.float(), p2.float(), z1.float(), z2.float())
@@ -188,7 +187,7 @@ def train(args):
         done = step + 1
         epoch_ends = done % steps_per_epoch == 0
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
-            log(args, done, total_steps, first_step, started, lr, loss, chance,
+            log(args, done, total_steps, first_step, started, lr=lr, loss=loss, chance=chance,
                 spread=spread(gather(z1.float())))
         if epoch_ends:
             paused = time.monotonic()

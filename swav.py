@@ -37,9 +37,9 @@ from torch import nn
 class SwAV(nn.Module):
     """Backbone, projector, prototypes and the queue.
 
-    backbone: (B, 3, H, W) -> (B, feature_dim), for any H and W. queue_size: how many past images
-    are kept, as z of both large views, and clustered together with a small batch; 0: none. The
-    queue begins empty, and is of use only when it is full.
+    backbone: (B, 3, H, W) -> (B, feature_dim), for any H and W. queue_size: number of past images
+    whose z, of both large views, join the batch in Sinkhorn; 0: none. Use the queue only once it is
+    full: it starts as zeros.
     """
 
     def __init__(self, backbone, feature_dim, proj_dim=128, num_prototypes=3000, queue_size=0):
@@ -49,8 +49,8 @@ class SwAV(nn.Module):
             nn.Linear(feature_dim, feature_dim, bias=False), nn.BatchNorm1d(feature_dim),
             nn.ReLU(inplace=True), nn.Linear(feature_dim, proj_dim))
         self.prototypes = nn.Linear(proj_dim, num_prototypes, bias=False)  # weight: (K, D)
-        self.register_buffer("queue", torch.zeros(2, queue_size, proj_dim))  # 0: empty
-        self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))  # the oldest
+        self.register_buffer("queue", torch.zeros(2, queue_size, proj_dim))  # zeros until filled
+        self.register_buffer("queue_ptr", torch.tensor(0))  # index of the oldest entry
 
     def forward(self, views):
         """V views (B, 3, H, W) -> z (V, B, D), of unit length, and scores (V, B, K).
@@ -147,9 +147,9 @@ def swav_loss(scores, codes, temperature):
 @torch.no_grad()
 def code_entropy(codes):
     """Health: mean entropy of an image's code, over ln K: (B, K) -> scalar. It should be clearly
-    below 1, and the loss below ln K. If they stay there, the authors advise a smaller --epsilon
-    (0.03), more --freeze-epochs, or a later --queue-epoch. (The entropy of the mean code would say
-    nothing: Sinkhorn keeps it at ln K.)"""
+    below 1, and the loss below ln K. If it stays near 1, or the loss near ln K, the authors advise
+    a smaller --epsilon (0.03), more --freeze-epochs, or a later --queue-epoch. (The entropy of the
+    mean code would say nothing: Sinkhorn keeps it at ln K.)"""
     return torch.special.entr(codes).sum(1).mean() / math.log(codes.shape[1])
 
 
@@ -169,7 +169,7 @@ def augment(images, aspect, size, crop_scale, jitter_strength, blur):
     x = random_horizontal_flip(x, p=0.5)
     x = color_jitter(x, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
     x = random_grayscale(x, p=0.2)
-    x = gaussian_blur(x, p=blur, kernel_size=13, sigma=(0.1, 2.0))  # 13: to 3 σ, as PIL does
+    x = gaussian_blur(x, p=blur, kernel_size=13, sigma=(0.1, 2.0))  # 13: 3 σ of the largest
     return normalize(x)
 
 
@@ -217,12 +217,12 @@ class LARS(torch.optim.Optimizer):
         return loss
 
 
-def cosine_schedule(step, total_steps, warmup_steps, peak, end=0.0):
-    """Rises linearly to `peak` over the warm-up, then moves to `end` on half a cosine."""
+def cosine_schedule(step, total_steps, warmup_steps, start, end=0.0):
+    """Rises linearly to `start` over the warm-up, then moves to `end` on half a cosine."""
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return start * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (peak - end) * (1 + math.cos(math.pi * progress)) / 2
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def make_optimizer(name, model, weight_decay):
@@ -287,23 +287,22 @@ def train(args):
                  args.queue_size)
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
-    view = partial(augment, jitter_strength=args.jitter_strength, blur=args.blur)
-    large_view = partial(view, size=args.image_size, crop_scale=(args.crop_scale, 1.0))
-    small_view = partial(view, size=args.small_size,
-                         crop_scale=(args.small_crop_scale, args.crop_scale))
-    augments = [large_view] * 2 + [small_view] * args.small_crops
+    augment_any = partial(augment, jitter_strength=args.jitter_strength, blur=args.blur)
+    augment_large = partial(augment_any, size=args.image_size, crop_scale=(args.crop_scale, 1.0))
+    augment_small = partial(augment_any, size=args.small_size,
+                            crop_scale=(args.small_crop_scale, args.crop_scale))
+    augments = [augment_large] * 2 + [augment_small] * args.small_crops
     chance = math.log(args.num_prototypes)
 
     open_run(args)
-    step = load_checkpoint(args, train_set, model, optimizer)  # 0, or the step to resume from
+    first_step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where to resume
     network = parallel(model, args.compile)  # DDP and SyncBN when there are several processes
     save_views(args, train_set, device, *augments)
     untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
                               calibrate=True)
-    first_step = step
     started = saved_at = time.monotonic()
 
-    for step, images, aspect in batches(train_set, args, step, device):  # seeded by step
+    for step, images, aspect in batches(train_set, args, first_step, device):  # seeds each step
         lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr, end=peak_lr / 1000)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -315,7 +314,8 @@ def train(args):
         z2 = gather(z[1].detach().float())
         large_z = torch.stack([z1, z2])
         use_queue = args.queue_size > 0 and step >= queue_full
-        first = rank() * len(images)  # row of this process's first image
+        # Every process computes all codes, and keeps those of its own images.
+        first = rank() * len(images)
         codes = []
         for view_scores in model.scores_for_codes(large_z, use_queue):
             code = sinkhorn(view_scores, args.epsilon, args.sinkhorn_iterations)
@@ -332,7 +332,7 @@ def train(args):
         done = step + 1
         epoch_ends = done % steps_per_epoch == 0
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
-            log(args, done, total_steps, first_step, started, lr, loss, chance,
+            log(args, done, total_steps, first_step, started, lr=lr, loss=loss, chance=chance,
                 code_entropy=code_entropy(torch.cat(codes)))
         if epoch_ends:
             paused = time.monotonic()

@@ -503,7 +503,7 @@ def test_rate_falls_at_the_epochs_of_vissl():
     steps_per_epoch = 5004
 
     def rate(epoch):
-        return jigsaw.stepwise(epoch * steps_per_epoch, args.epochs * steps_per_epoch,
+        return jigsaw.stepwise_schedule(epoch * steps_per_epoch, args.epochs * steps_per_epoch,
                                args.warmup_epochs * steps_per_epoch, args.lr, args.lr_drops,
                                args.lr_factor)
 

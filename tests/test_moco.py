@@ -2,16 +2,19 @@
 
 import copy
 import math
+import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from processes import run_processes
 from torch import nn
 
 import common
 import linear_probe
 import moco
+from common import Failure
 from moco import GroupBatchNorm, MoCo, MoCoV3, ema_update, moco_loss, moco_v3_loss, positive_found
 
 
@@ -619,11 +622,15 @@ def test_image_size_is_a_multiple_of_the_patches(flags, capsys):
     assert "--image-size" in capsys.readouterr().err
 
 
-def test_bn_groups_are_a_multiple_of_the_processes(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert moco.parse_args(["--bn-groups", "6"]).bn_groups == 6
-    moco.parse_args(["--version", "3"])  # has no groups
-    with pytest.raises(SystemExit) as end:
-        moco.parse_args(["--bn-groups", "8"])
-    assert end.value.code == 2
-    assert "--bn-groups" in capsys.readouterr().err
+def refused(folder):
+    os.chdir(folder)
+    flags = "--data images --recipe demo -b 8 --bn-groups 3 --workers 0 --device cpu".split()
+    try:
+        moco.train(moco.parse_args(flags))
+    except Failure as error:
+        return str(error)
+
+
+def test_bn_groups_are_a_multiple_of_the_processes(class_folders, tmp_path):
+    messages = run_processes(2, refused, str(tmp_path))
+    assert messages == ["--bn-groups 3: no multiple of 2 processes"] * 2

@@ -81,7 +81,7 @@ def test_readme_has_the_size_that_a_visitor_reads():
 def test_readme_quotes_simclr_to_the_character():
     source = (ROOT / "simclr.py").read_text(encoding="utf8")
     quoted = [block for kind, block in BLOCKS if kind == "python" and (
-        "def simclr_loss" in block or "view1, view2 = view(" in block)]
+        "def simclr_loss" in block or "view1 = make_view(" in block)]
     assert len(quoted) == 2
     for block in quoted:
         lines = block.rstrip("\n").split("\n")
