@@ -68,9 +68,12 @@ def leave(message, status):
     sys.exit(status)
 
 
-def make_parser(method, doc, recipes, vits=()):
+NETWORKS = "resnet8 to resnet152, resnet18x2 (wider), or another network of torchvision"
+
+
+def make_parser(method, doc, recipes, networks=NETWORKS):
     """-> argparse's parser with the flags that all methods share; a method then adds its own.
-    vits: the method's own values of --arch."""
+    networks: what --arch may be, in words."""
     parser = argparse.ArgumentParser(
         description=doc.split("\n\n")[0], allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -83,8 +86,7 @@ def make_parser(method, doc, recipes, vits=()):
     add("--out", help="the run's folder; without it, the next free one in runs/")
     add("--resume", action="store_true", help="continue the run in --out, or the latest one")
     add("--init", help="file of backbone weights to start from")
-    ours = ", ".join([*vits, "resnet8 to resnet152", "resnet18x2 (wider)"])
-    add("-a", "--arch", help=f"{ours}, or another network of torchvision")
+    add("-a", "--arch", help=networks)
     add("--epochs", type=int, help="passes over the training images")
     add("--warmup-epochs", type=float, help="epochs in which the learning rate rises")
     add("-b", "--batch-size", type=int, help="images per step, over all processes")

@@ -487,7 +487,6 @@ RECIPES = {  # what differs between recipes; every other flag has a single defau
     "warmup_epochs":             (1,              1,          10,          10),
     "batch_size":                (32,             64,         256,         512),
     "lr":                        (8e-3,           4e-3,       5e-4,        5e-4),
-    "weight_decay":              (0.04,           0.04,       0.04,        0.04),
     "weight_decay_end":          (0.04,           0.04,       0.4,         0.4),
     "drop_path":                 (0.0,            0.0,        0.0,         0.1),
     "local_views":               (2,              2,          8,           8),
@@ -509,9 +508,10 @@ RECIPES = {  # what differs between recipes; every other flag has a single defau
 
 
 def parse_args(argv=None):
-    from common import make_parser, parse_with_recipe
+    from common import NETWORKS, make_parser, parse_with_recipe
 
-    parser = make_parser("dino", __doc__, RECIPES, VITS)
+    parser = make_parser("dino", __doc__, RECIPES, f"{', '.join(VITS)}, {NETWORKS}")
+    parser.set_defaults(weight_decay=0.04)  # the paper's, in all recipes
     add = parser.add_argument
     add("--patch-size", type=int, help="side of a ViT's patch, in pixels; paper: 16 or 8")
     add("--optimizer", choices=["adamw", "sgd"], default="adamw",

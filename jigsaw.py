@@ -159,7 +159,7 @@ def random_square(images, aspect, size):
 
 
 def random_puzzles(images, aspect, make_view, orders, tile_size):
-    """Augment the images by `make_view`, cut and shuffle them -> tiles (B, N, 3, t, t), each image's in
+    """Make views of the images, cut and shuffle them -> tiles (B, N, 3, t, t), each image's in
     a random one of the `orders` (P, N), and the index of this order (B,)."""
     from common import uniform
 

@@ -420,7 +420,6 @@ RECIPES = {  # what differs between recipes; every other flag has a single defau
     "warmup_epochs": (1,            1,            40,          40),
     "batch_size":    (32,           64,           512,         1024),
     "lr":            (6e-3,         3e-3,         3e-4,        1.5e-4),
-    "weight_decay":  (0.05,         0.05,         0.05,        0.05),
     "decoder_dim":   (64,           64,           192,         512),
     "decoder_depth": (1,            1,            4,           8),
     "crop_scale":    (0.35,         0.2,          0.2,         0.2),
@@ -430,7 +429,8 @@ RECIPES = {  # what differs between recipes; every other flag has a single defau
 def parse_args(argv=None):
     from common import make_parser, parse_with_recipe
 
-    parser = make_parser("mae", __doc__, RECIPES, VITS)
+    parser = make_parser("mae", __doc__, RECIPES, ", ".join(VITS))
+    parser.set_defaults(weight_decay=0.05)  # the paper's, in all recipes
     add = parser.add_argument
     add("--patch-size", type=int, help="side of a patch, in pixels; paper: 16, vit_huge 14")
     add("--objective", choices=["mae", "simmim"], default="mae",

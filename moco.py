@@ -533,9 +533,9 @@ RECIPES = {  # what differs between recipes; every other flag has a single defau
 
 
 def parse_args(argv=None):
-    from common import make_parser, parse_with_recipe
+    from common import NETWORKS, make_parser, parse_with_recipe
 
-    parser = make_parser("moco", __doc__, RECIPES, VITS)
+    parser = make_parser("moco", __doc__, RECIPES, f"{', '.join(VITS)}, {NETWORKS}")
     add = parser.add_argument
     add("--version", type=int, choices=[1, 2, 3], help="of MoCo: model, loss and augmentation; "
         "other flags stay as the recipe has them")

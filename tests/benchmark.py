@@ -81,15 +81,19 @@ def show(title, rows, gemm=()):
     cpu = platform.processor() or platform.machine()
     with suppress(OSError, IndexError):
         cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
-    versions = [f"{name} {metadata.version(name)}" for name in
-                ("torch", "lightly", "kornia") if util.find_spec(name)]
+    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "lightly", "kornia")
+                if util.find_spec(name)]
     print(f"\n**{title}** · {cpu}, {CORES} cores,", ", ".join(versions))
     if gemm:
         print("GEMM beside the rounds, GFLOP/s:", ", ".join(f"{g / 1e9:,.0f}" for g in gemm))
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[cell(row.get(column, "")) for column in columns] for row in rows]
-    for line in [], columns, ["---"] * len(columns), *cells:
-        print(*line, sep=" | ", flush=True)
+    columns = {}  # for its order
+    for row in rows:
+        columns.update(row)
+    print()
+    print(*columns, sep=" | ")
+    print(*["---"] * len(columns), sep=" | ")
+    for row in rows:
+        print(*[cell(row.get(column, "")) for column in columns], sep=" | ", flush=True)
 
 
 def cell(value):
@@ -228,11 +232,15 @@ def augmentation(args):
             v2.RandomApply([v2.ColorJitter(*jitter)], 0.8), v2.RandomGrayscale(0.2),
             v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], blur),
             v2.ToDtype(torch.float32, scale=True), v2.Normalize(*normal)])
+
+        def ours_from_files(rows):
+            decoded, its_aspect = next(images.load([rows], CPU))
+            return ours(decoded, its_aspect), ours(decoded, its_aspect)
+
         contestants = {
             "ours, decoded before, as in training": lambda rows: ours(pixels[rows], aspect[rows]),
-            "ours, from files": lambda rows: [
-                ours(*batch) for batch in images.load([rows], CPU) for _ in range(2)],
-            "torchvision v2, tensors in memory": lambda rows: [*map(each, pixels[rows])]}
+            "ours, from files": ours_from_files,
+            "torchvision v2, tensors in memory": lambda rows: [each(x) for x in pixels[rows]]}
         if has("kornia"):
             import kornia.augmentation as K
             batched = nn.Sequential(
@@ -256,40 +264,51 @@ def augmentation(args):
             begin = clock()
             while clock() < begin + 1.5:
                 contestants[name](next(parts))
-                views += n * (2 if "files" in name else 1)
+                views += 2 * n if "files" in name else n
             return views / (clock() - begin)
 
         figures, gemm = alternate({name: partial(rate, name) for name in contestants}, args.rounds)
-        best, files = (median(f) for f in list(figures.values())[:2])
-        show(f"Augmentation, {size} pixels, blur {blur}, views/s on one core", [
-            {"pipeline": name, "median": median(f), "best": max(f), "ours / it": best / median(f),
-             "ours from files / it": files / median(f)} for name, f in figures.items()], gemm)
+        from_memory = median(figures["ours, decoded before, as in training"])
+        from_files = median(figures["ours, from files"])
+        rows = []
+        for name, rates in figures.items():
+            rows.append({"pipeline": name, "median": median(rates), "best": max(rates),
+                         "ours / it": from_memory / median(rates),
+                         "ours from files / it": from_files / median(rates)})
+        show(f"Augmentation, {size} pixels, blur {blur}, views/s on one core", rows, gemm)
     show("Largest deviation from torchvision, same parameters, in 1/255", deviations(args.data))
 
 
 def deviations(data):
+    """-> rows: each operation on a batch, beside torchvision's on one image after the other."""
     import common
 
     n = 256
     _, pixels, _ = some_images(data, 32, n)
     x = pixels / 255
-    cases = {}
+    pairs = {}  # name: our result, theirs
     boxes = torch.cat([torch.randint(0, 16, (n, 2)), torch.randint(1, 17, (n, 2))], 1)
-    cases["resized_crop"] = common.resized_crop(pixels, boxes.float(), 224), [
-        TF.resized_crop(i, *box, [224, 224]) for i, box in zip(x, boxes.tolist())]
+    theirs = [TF.resized_crop(image, *box, [224, 224]) for image, box in zip(x, boxes.tolist())]
+    pairs["resized_crop"] = common.resized_crop(pixels, boxes.float(), 224), theirs
     for i, name in enumerate(("brightness", "contrast", "saturation", "hue")):
         torch.manual_seed(i)
-        values = (i < 3) + 0.5 * common.uniform(n, 4, device=CPU, low=-1.0)[:, i]
+        values = 0.5 * common.uniform(n, 4, device=CPU, low=-1.0)[:, i]
+        if name != "hue":
+            values += 1
+        adjust = getattr(TF, f"adjust_{name}")
+        theirs = [adjust(image, value) for image, value in zip(x, values.tolist())]
         torch.manual_seed(i)  # color_jitter draws the same
         strengths = [0.0] * 4
         strengths[i] = 0.5
-        cases[name] = common.color_jitter(x, *strengths, p=1.0), [
-            getattr(TF, f"adjust_{name}")(*pair) for pair in zip(x, values.tolist())]
-    cases["grayscale"] = common.random_grayscale(x, 1.0), TF.rgb_to_grayscale(x, 3)
-    cases["solarize"] = common.random_solarize(x, 1.0), TF.solarize(x, 0.5)
-    cases["blur"] = common.gaussian_blur(x, 1.0, 9, (1.0, 1.0)), TF.gaussian_blur(x, 9, 1.0)
-    return [{"operation": name, "deviation": max((255 * (a - b)).abs().max().item() for a, b in
-                                                 zip(*case))} for name, case in cases.items()]
+        pairs[name] = common.color_jitter(x, *strengths, p=1.0), theirs
+    pairs["grayscale"] = common.random_grayscale(x, 1.0), TF.rgb_to_grayscale(x, 3)
+    pairs["solarize"] = common.random_solarize(x, 1.0), TF.solarize(x, 0.5)
+    pairs["blur"] = common.gaussian_blur(x, 1.0, 9, (1.0, 1.0)), TF.gaussian_blur(x, 9, 1.0)
+    rows = []
+    for name, (ours, theirs) in pairs.items():
+        largest = max((a - b).abs().max().item() for a, b in zip(ours, theirs))
+        rows.append({"operation": name, "deviation": 255 * largest})
+    return rows
 
 
 def loop(args, batch=256):
@@ -300,10 +319,12 @@ def loop(args, batch=256):
         contestants[f"lightly, {workers} workers, {threads} threads"] = partial(
             peer_loop, args.data, batch, workers, threads, args.steps)
     figures, gemm = alternate(contestants, args.rounds)
-    best = median(figures["simclr.py"])
-    show(f"Training loop, resnet8, batch {batch}, images/s", [
-        {"loop": name, "median": median(f), "best": max(f),
-         "ours / it": best / median(f)} for name, f in figures.items()], gemm)
+    ours = median(figures["simclr.py"])
+    rows = []
+    for name, rates in figures.items():
+        rows.append({"loop": name, "median": median(rates), "best": max(rates),
+                     "ours / it": ours / median(rates)})
+    show(f"Training loop, resnet8, batch {batch}, images/s", rows, gemm)
 
 
 def step(args):
@@ -311,11 +332,13 @@ def step(args):
     gemm = []
     for method in args.methods:
         found, flop = timed_steps(method, ["--epochs", "100"], args.rounds, args.steps)
-        rows.append({"method": method, "step, ms": 1e3 * median(s for s, _, _ in found),
-                     "without / step": median(bare / s for s, bare, _ in found),
-                     "share of GEMM": median(flop / s / g for s, _, g in found),
-                     "share without": median(flop / bare / g for _, bare, g in found)})
-        gemm += [g for _, _, g in found]
+        rows.append({
+            "method": method,
+            "step, ms": 1e3 * median(seconds for seconds, _, _ in found),
+            "without / step": median(bare / seconds for seconds, bare, _ in found),
+            "share of GEMM": median(flop / seconds / rate for seconds, _, rate in found),
+            "share without": median(flop / bare / rate for _, bare, rate in found)})
+        gemm += [rate for _, _, rate in found]
     show("Steps of the demo recipes, with and without augmentation", rows, gemm)
 
 
@@ -330,10 +353,13 @@ def start(args):
         subprocess.run([sys.executable, "-c", "import torch, torchvision"], check=True)
         return clock() - begin
 
+    def first_with_data():
+        return first("--data", args.data)
+
     figures, gemm = alternate({
         "imports": imports,
         "first step, synthetic images": first,
-        "first step, --data": lambda: first("--data", args.data)}, args.rounds)
+        "first step, --data": first_with_data}, args.rounds)
     steps = RECIPES["epochs"][0] * (5000 // RECIPES["batch_size"][0])
     found, _ = timed_steps("simclr", ["--epochs", "50"], 2, 20)
     report = script("simclr", [])
@@ -432,8 +458,12 @@ def network(args):
         recipes = import_module(method).RECIPES
         batch = recipes["batch_size"][recipes["recipe"].index("imagenet")]
         flags = "--recipe imagenet --max-images 64 -b".split()
-        small, large = (traffic(method, flags + [b]) for b in ("16", "32"))
-        sizes = {k: small[k] + (large[k] - small[k]) / 16 * (batch - 16) for k in small}
+        small = traffic(method, flags + ["16"])
+        large = traffic(method, flags + ["32"])
+        sizes = {}
+        for kind in small:
+            per_image = (large[kind] - small[kind]) / 16
+            sizes[kind] = small[kind] + per_image * (batch - 16)
         sent = (7 / 4 * sum(sizes.values()) - 3 / 4 * sizes["buffers"]) / 1e6
         row = {"method": method, "batch": batch}
         row.update({kind: size / 1e6 for kind, size in sizes.items()})

@@ -90,6 +90,38 @@ class BatchNormPerView(nn.modules.batchnorm._BatchNorm):
         return torch.cat([super(BatchNormPerView, self).forward(view) for view in views])
 
 
+def peer_losses(recipe, state):
+    """-> {method: lightly's loss, with the arguments of ours}."""
+    import lightly.loss as L
+
+    cosine = L.NegativeCosineSimilarity()
+
+    def simclr(z1, z2, temperature):
+        return L.NTXentLoss(temperature)(z1, z2)
+
+    def moco(query, key, queue, temperature):
+        return state(query, key)
+
+    def byol(p1, p2, z1, z2):
+        return 4 + 2 * (cosine(p1, z2) + cosine(p2, z1))
+
+    def simsiam(p1, p2, z1, z2):
+        return (cosine(p1, z2.detach()) + cosine(p2, z1.detach())) / 2
+
+    def swav(scores, codes, temperature):
+        loss = L.SwaVLoss(temperature, recipe.sinkhorn_iterations, recipe.epsilon)
+        return loss([*scores], [])[0]
+
+    def barlow(z1, z2, off_diagonal_weight):
+        return L.BarlowTwinsLoss(off_diagonal_weight)(z1, z2)
+
+    def dino(student, teacher, center, student_temperature, teacher_temperature):
+        return state([*teacher], [*student], teacher_temperature)
+
+    return {"simclr": simclr, "moco": moco, "byol": byol, "simsiam": simsiam, "swav": swav,
+            "barlow": barlow, "dino": dino}
+
+
 @contextmanager
 def lightly_in(method, its_passes=True):
     """Puts lightly's loss and heads into a method's file, and BN as in its passes."""
@@ -98,8 +130,7 @@ def lightly_in(method, its_passes=True):
     module = importlib.import_module(method)
     name, heads = HEADS[method]
     recipe = module.parse_args(["--recipe", "cpu"])
-    cos = L.NegativeCosineSimilarity()
-    state = None
+    state = None  # MoCo's queue, DINO's center
     if method == "moco":
         state = L.NTXentLoss(recipe.temperature, (recipe.queue_size, recipe.proj_dim))
     if method == "dino":
@@ -121,22 +152,14 @@ def lightly_in(method, its_passes=True):
                 elif method in ("simclr", "swav", "dino") and hasattr(norm, "running_mean"):
                     norm.__class__ = BatchNormPerView
 
-    loss = {
-        "simclr": lambda z1, z2, temperature: L.NTXentLoss(temperature)(z1, z2),
-        "moco": lambda query, key, queue, temperature: state(query, key),
-        "byol": lambda p1, p2, z1, z2: 4 + 2 * (cos(p1, z2) + cos(p2, z1)),
-        "simsiam": lambda p1, p2, z1, z2: (cos(p1, z2.detach()) + cos(p2, z1.detach())) / 2,
-        "swav": lambda scores, codes, temperature: L.SwaVLoss(
-            temperature, recipe.sinkhorn_iterations, recipe.epsilon)([*scores], [])[0],
-        "barlow": lambda z1, z2, weight: L.BarlowTwinsLoss(weight)(z1, z2),
-        "dino": lambda student, teacher, *_: state([*teacher], [*student], _[-1])}[method]
-    with mock.patch.multiple(module, **{name: Peer, f"{method}_loss": loss}):
+    losses = peer_losses(recipe, state)
+    with mock.patch.multiple(module, **{name: Peer, f"{method}_loss": losses[method]}):
         yield
 
 
 def gradients(method, flags):
-    """The largest difference of lightly's gradient of the backbone from ours, in the first step and
-    in float64, over the largest value in ours: with our passes, and with lightly's."""
+    """-> how far lightly's gradient of the backbone is from ours in the first step, in float64: the
+    largest difference over the largest value of ours, with our passes and with lightly's."""
     from benchmark import drive
     from common import ResNet
 
@@ -153,8 +176,12 @@ def gradients(method, flags):
             with peer:
                 drive(method, flags, visit)
     torch.set_default_dtype(torch.float32)
-    return [max(((t - o).abs().max() / o.abs().max()).item() for t, o in zip(theirs, found[0]))
-            for theirs in found[1:]]
+    ours, *peers = found
+    largest = []
+    for theirs in peers:
+        differences = [(t - o).abs().max() / o.abs().max() for t, o in zip(theirs, ours)]
+        largest.append(max(differences).item())
+    return largest
 
 
 def learning(args):

@@ -80,9 +80,9 @@ def test_width_and_resolution_of_the_stages(arch, image_size, shapes):
 
 @pytest.mark.parametrize("arch, feature_dim", [
     ("alexnet", 4096), ("vgg11_bn", 4096), ("convnext_tiny", 768), ("densenet121", 1024),
-    ("efficientnet_b0", 1280), ("mnasnet0_5", 1280), ("mobilenet_v2", 1280),
-    ("mobilenet_v3_small", 1024), ("regnet_y_400mf", 440), ("resnext50_32x4d", 2048),
-    ("shufflenet_v2_x0_5", 1024), ("swin_t", 768), ("wide_resnet50_2", 2048)])
+    ("efficientnet_b0", 1280), ("mnasnet0_5", 1280), ("mobilenet_v3_small", 1024),
+    ("regnet_y_400mf", 440), ("resnext50_32x4d", 2048), ("shufflenet_v2_x0_5", 1024),
+    pytest.param("swin_t", 768, marks=pytest.mark.torture)])
 @torch.no_grad()
 def test_other_families(arch, feature_dim):
     on_meta = not arch.startswith(("regnet", "swin"))  # which compute while they are built

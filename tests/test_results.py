@@ -2,10 +2,12 @@
 project's README quotes the code as it is, and its snippets run."""
 
 import importlib
+import itertools
 import json
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -28,12 +30,18 @@ def write_run(results, name, probe=70.0, layers=None, finished=True, **record):
     """A log of three steps in two epochs, and its run.json."""
     folder = results / name
     folder.mkdir(parents=True)
-    lines = [{"step": step, "epoch": (step + 2) // 2, "loss": 2.0 / step, "spread": spread,
-              "seconds": 60.0} for step, spread in ((1, 0.9), (2, 0.4), (3, 0.6))]
-    final = REPORT | {"trained": {"knn": 60.0, "probe": probe}}
+    lines = [
+        {"step": 1, "epoch": 1, "loss": 2.0, "spread": 0.9, "seconds": 60.0},
+        {"step": 1, "epoch": 1, "knn": 40.0, "untrained": 30.0},
+        {"step": 2, "epoch": 2, "loss": 1.0, "spread": 0.4, "seconds": 70.0},
+        {"step": 3, "epoch": 2, "loss": 0.7, "spread": 0.6, "seconds": 80.0},
+        {"step": 3, "epoch": 2, "knn": 50.0, "untrained": 30.0}]
+    report = {**REPORT, "trained": {"knn": 60.0, "probe": probe}}
     for i, (stage, row) in enumerate((layers or {}).items(), 1):
-        final |= {f"trained {stage}": row, f"random {stage}": {"knn": 10.0 * i, "probe": 20.0 * i}}
-    lines += [{"step": 3, "report": final}] if finished else []
+        report[f"trained {stage}"] = row
+        report[f"random {stage}"] = {"knn": 10.0 * i, "probe": 20.0 * i}
+    if finished:
+        lines.append({"step": 3, "report": report})
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "run.json").write_text(json.dumps(record))
 
@@ -53,16 +61,17 @@ def test_row_of_each_log(log):
     page = (RESULTS / "README.md").read_text(encoding="utf8").splitlines()
     row = next(line for line in page if line.startswith(f"| {log.parent.name} |")).split(" | ")
     found = json.loads(log.read_text().splitlines()[-1])["report"]
-    expected = [f"{found['trained'][key]:.1f}" for key in ("knn", "probe")]
-    expected += [f"{found[name]['knn']:.1f}, {found[name]['probe']:.1f}"
-                 for name in ("random", "pixels")]
-    assert row[2:6] == expected and re.fullmatch("`python .*`", row[1])
+    assert re.fullmatch("`python .*`", row[1])
+    assert row[2] == f"{found['trained']['knn']:.1f}"
+    assert row[3] == f"{found['trained']['probe']:.1f}"
+    assert row[4] == f"{found['random']['knn']:.1f}, {found['random']['probe']:.1f}"
+    assert row[5] == f"{found['pixels']['knn']:.1f}, {found['pixels']['probe']:.1f}"
 
 
 def test_every_run_is_a_command_that_its_script_accepts():
-    names = [name for runs in measure.RUNS.values() for name, _ in runs]
-    assert len(set(names)) == len(names)
-    for name, command in (run for runs in measure.RUNS.values() for run in runs):
+    every = list(itertools.chain(*measure.RUNS.values()))
+    assert len({name for name, _ in every}) == len(every)
+    for name, command in every:
         script, *flags = command.split()
         if not script.startswith("tests/"):
             args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
@@ -80,20 +89,17 @@ def test_readme_has_the_size_that_a_visitor_reads():
 
 def test_readme_quotes_simclr_to_the_character():
     source = (ROOT / "simclr.py").read_text(encoding="utf8")
-    quoted = [block for kind, block in BLOCKS if kind == "python" and (
-        "def simclr_loss" in block or "view1 = make_view(" in block)]
-    assert len(quoted) == 2
-    for block in quoted:
-        lines = block.rstrip("\n").split("\n")
-        indent = " " * (8 if lines[0].startswith("view1") else 0)
-        assert "\n".join((indent + line).rstrip() for line in lines) in source
+    (loss,) = [block for _, block in BLOCKS if block.startswith("def simclr_loss(")]
+    (step,) = [block for _, block in BLOCKS if block.startswith("view1 = make_view(")]
+    assert loss in source
+    assert textwrap.indent(step, " " * 8) in source
 
 
 def test_readmes_quick_start_is_a_run_that_is_kept():
     run = measure.read_log(RESULTS / "simclr-idle")
     for name, row in run["report"].items():
         assert f"kNN {row['knn']:5.1f}  linear probe {row['probe']:5.1f}  {name}\n" in README
-    last = run["lines"][-2]
+    last = [line for line in run["lines"] if "loss" in line][-1]
     assert f"step {last['step']}/{last['step']}  loss {last['loss']:.4f} (chance" in README
     assert f"  lr {last['lr']:.3g}  {last['images_per_s']} images/s" in README
 
@@ -105,10 +111,12 @@ def test_readme_lists_each_file_with_its_length():
 
 
 def test_readmes_loop_trains(monkeypatch):
-    (code,) = (block for kind, block in BLOCKS if "from simclr import" in block)
-    images = torchvision.datasets.FakeData(8, (3, 40, 40))
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda *_, transform, **options: [
-        (transform(image), label) for image, label in images])
+    def few_images(folder, download, transform):
+        images = torchvision.datasets.FakeData(8, (3, 40, 40))
+        return [(transform(image), label) for image, label in images]
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", few_images)
+    (code,) = [block for _, block in BLOCKS if "from simclr import" in block]
     code = code.replace("range(100)", "range(1)").replace("batch_size=256", "batch_size=4")
     exec(code, {})
     assert "layer4.1.bn2.weight" in torch.load("backbone.pth")
@@ -121,23 +129,28 @@ def test_readmes_weights_and_embeddings(tmp_path):
     write_images(tmp_path / "photos", 12)
     simclr.train(simclr.parse_args(["--data", str(tmp_path / "photos"), "--epochs", "1", "-b", "4",
                                     "--recipe", "demo", "--device", "cpu", "-j", "0"]))
-    weights, table = (block for kind, block in BLOCKS if "runs/simclr/backbone.pth" in block
-                      and kind == "python" or "np.load" in block)
+    (weights,) = [block for _, block in BLOCKS if "from linear_probe import" in block]
     names = {}
     exec(weights, names)
     assert names["features"].shape == (4, 128)
-    command = next(block for kind, block in BLOCKS if "--features embeddings.npz" in block).split()
-    linear_probe.run(linear_probe.parse_args([
-        word.replace("path/to/images", str(tmp_path / "photos")) for word in command[2:]]))
-    exec(table, names := {})
+
+    (command,) = [block for _, block in BLOCKS if "--features embeddings.npz" in block]
+    python, script, *flags = command.replace("path/to/images", str(tmp_path / "photos")).split()
+    linear_probe.run(linear_probe.parse_args(flags))
+    (table,) = [block for _, block in BLOCKS if "np.load" in block]
+    names = {}
+    exec(table, names)
     for i in range(12):  # "the last one is the image itself"
         order = (names["features"] @ names["features"][i]).argsort()
         assert order[-1] == i
 
 
-@pytest.mark.parametrize("command", [line for kind, block in BLOCKS if kind == "sh" for line in
-                                     block.splitlines() if "python" in line or "torchrun" in line])
-def test_readmes_commands_are_understood(command, tmp_path, monkeypatch):
+COMMANDS = re.findall("^.*(?:python|torchrun).*$", "".join(
+    block for kind, block in BLOCKS if kind == "sh"), re.M)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readmes_commands_are_understood(command):
     script = re.search(r"(\w+)\.py(.*?)(#|$)", command)
     if script is None:
         assert "pytest -q tests" in command
@@ -171,9 +184,10 @@ def test_tables_of_a_few_runs(tmp_path):
     write_run(tmp_path, "simclr-0", command="python simclr.py", hardware="H100")
     write_run(tmp_path, "loss-infonce", 65.0)
     runs = measure.read_runs(tmp_path)
-    tables = {name: make(runs).splitlines() for name, make in measure.TABLES.items()}
-    for lines in tables.values():
-        assert len({line.count(" | ") for line in lines}) == 1
+    tables = {}
+    for name, make in measure.TABLES.items():
+        tables[name] = make(runs).splitlines()
+        assert len({line.count(" | ") for line in tables[name]}) == 1
     assert "| Rotation | 60.0 (60.0 to 60.0) | 75.0 (70.0 to 80.0) | 30.0 (30.0 to 30.0) | " \
         "40.0 (40.0 to 40.0) |  |" in tables["demo"]
     assert "| Rotation, best stage (layer1) | 50.0 (50.0 to 50.0) | 81.0 (81.0 to 81.0) | " \
@@ -181,40 +195,56 @@ def test_tables_of_a_few_runs(tmp_path):
     assert "| SimSiam | 60.0 | 70.0 | 30.0 | 40.0 | 1.5 |" in tables["demo"]
     assert tables["ablation"][2].endswith("| spread | 0.500 → 0.500 | 60.0 → 60.0 | 70.0 → 30.0 |")
     assert "| `infonce` | 60.0 | 65.0 |  |  |" in tables["losses"]
-    assert any("| simclr-0 | `python simclr.py` | 60.0 | 70.0 | 30.0, 40.0 | 20.0, 25.0 |" in line
-               for line in tables["runs"])
+    assert ("| simclr-0 | `python simclr.py` | 60.0 | 70.0 | 30.0, 40.0 | 20.0, 25.0 |  | H100 |"
+            in tables["runs"])
     assert measure.score(runs, "simsiam") == "kNN 60.0 (untrained 30.0)"
     assert measure.score(runs, "rotation") == "probe 75.0 (untrained 40.0)"
-    runs |= {name.replace("rotation", "mae"): run for name, run in runs.items()}
+    runs["mae-0"] = runs["rotation-0"]
     assert measure.score(runs, "mae").startswith("kNN of the best stage 50.0 (untrained ")
 
 
 def test_rewrite_changes_only_what_is_between_markers(tmp_path):
     write_run(tmp_path, "simclr-0")
-    page = ("a\n<!-- table: demo -->\nold\n<!-- end -->\nb <!-- score: simclr -->x<!-- -->\n")
+    page = "a\n<!-- table: demo -->\nold\n<!-- end -->\nb <!-- score: simclr -->x<!-- -->\n"
     new = measure.rewrite(page, measure.read_runs(tmp_path))
+    assert new.startswith("a\n<!-- table: demo -->\n\n| method |")
     assert "old" not in new and "| SimCLR | 60.0" in new
     assert new.endswith("b <!-- score: simclr -->kNN 60.0 (untrained 30.0)<!-- -->\n")
 
 
-@pytest.mark.parametrize("name, module, attribute", [
-    ("simsiam-no-stop-gradient", "simsiam", "simsiam_loss"),
-    ("swav-no-sinkhorn", "swav", "sinkhorn")])
-def test_ablations_change_what_they_say(name, module, attribute, monkeypatch):
-    module = importlib.import_module(module)
-    whole = getattr(module, attribute)
-    monkeypatch.setattr(module, attribute, whole)
-    measure.ABLATIONS[name][0](module)
-    ablated = getattr(module, attribute)
-    if attribute == "sinkhorn":
-        scores = torch.tensor([[3.0, 0.0], [3.0, 0.0]])  # both prefer the first
-        torch.testing.assert_close(whole(scores, 0.05, 3).sum(0), torch.ones(2))
-        torch.testing.assert_close(ablated(scores, 0.05, 3).sum(0), torch.tensor([2.0, 0.0]))
-    else:
-        vectors = [v.requires_grad_() for v in torch.randn(4, 8, 16).unbind()]
-        torch.testing.assert_close(ablated(*vectors), whole(*vectors))
-        assert torch.autograd.grad(whole(*vectors), vectors, allow_unused=True)[2] is None
-        assert torch.autograd.grad(ablated(*vectors), vectors)[2].abs().sum() > 0
+def test_ablation_of_the_stop_gradient(monkeypatch):
+    import simsiam
+
+    whole = simsiam.simsiam_loss
+    monkeypatch.setattr(simsiam, "simsiam_loss", whole)  # so that it is put back
+    measure.no_stop_gradient(simsiam)
+    vectors = [v.requires_grad_() for v in torch.randn(4, 8, 16).unbind()]  # p1, p2, z1, z2
+    loss = simsiam.simsiam_loss(*vectors)
+    torch.testing.assert_close(loss, whole(*vectors))
+    assert torch.autograd.grad(whole(*vectors), vectors, allow_unused=True)[2] is None
+    assert torch.autograd.grad(loss, vectors)[2].abs().sum() > 0
+
+
+def test_ablation_of_the_predictor(monkeypatch):
+    import byol
+
+    monkeypatch.setattr(byol.BYOL, "__init__", byol.BYOL.__init__)
+    measure.no_predictor(byol)
+    model = byol.BYOL(torch.nn.Flatten(), 48, hidden_dim=16, proj_dim=8).eval()
+    p1, p2, z1, z2 = model(torch.rand(5, 3, 4, 4), torch.rand(5, 3, 4, 4))
+    torch.testing.assert_close(p1, z1)  # the target is still a copy of the online network
+    torch.testing.assert_close(p2, z2)
+
+
+def test_ablation_of_sinkhorn(monkeypatch):
+    import swav
+
+    whole = swav.sinkhorn
+    monkeypatch.setattr(swav, "sinkhorn", whole)
+    measure.no_sinkhorn(swav)
+    scores = torch.tensor([[3.0, 0.0], [3.0, 0.0]])  # both prefer the first prototype
+    torch.testing.assert_close(whole(scores, 0.05, 3).sum(0), torch.ones(2))
+    torch.testing.assert_close(swav.sinkhorn(scores, 0.05, 3).sum(0), torch.tensor([2.0, 0.0]))
 
 
 @pytest.mark.torture

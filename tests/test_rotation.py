@@ -235,7 +235,7 @@ def test_rate_falls_at_the_epochs_of_the_official_code():
 def test_rate_rises_over_the_warmup():
     assert rate("imagenet", 0)[0] == pytest.approx(0.2 / (5 * 390))
     assert rate("imagenet", 2)[1] == pytest.approx(0.2 * 3 / 5)
-    assert rotation.stepwise_schedule(0, 0, 0, 2.0, [0.5], 0.1) == pytest.approx(0.2)  # no steps at all
+    assert rotation.stepwise_schedule(0, 0, 0, 2.0, [0.5], 0.1) == pytest.approx(0.2)  # no steps
 
 
 def test_optimizer_is_nesterov_sgd_that_decays_all_parameters():
