@@ -48,7 +48,7 @@ def main(train, parse_args, argv=None):
     except Failure as error:
         leave(f"error: {error}", 1)
     except torch.OutOfMemoryError as error:
-        leave(f"error: {error} Try a smaller --batch-size or --image-size.", 1)
+        leave(f"error: {error} Try smaller batches or images.", 1)
     except KeyboardInterrupt:
         leave("stopped", 130)
     except Exception:
@@ -117,6 +117,7 @@ def parse_with_recipe(parser, recipes, argv=None):
     saved run; what is given by hand wins. Call it after the last `add_argument`, whose `default=`
     would beat these."""
     argv = sys.argv[1:] if argv is None else argv
+    # without --help, which would print defaults before the recipe has set them
     given = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
     out = given.out
     if given.resume and out is None:
@@ -252,7 +253,7 @@ def parallel(model, compile=False, sync_bn=True):
     normalises over all of them (on CUDA; torch has no such BN for CPUs, where each process has its
     own statistics).
 
-    Synchronised BN waits for the host in each layer, and splits the graph of torch.compile.
+    Synchronised BN makes the host wait for the GPU in each layer, and splits torch.compile's graph.
     """
     device = next(model.parameters()).device
     if world_size() > 1 and sync_bn and device.type == "cuda":
@@ -282,6 +283,7 @@ def to_square(image, side):
     says; transparency becomes white; 16-bit gray is scaled by its full range. ValueError: pixels
     without a known range."""
     image.draft(None, (2 * side, 2 * side))  # a JPEG may be decoded at a fraction of its size
+    # asked now, since exif_transpose drops the format
     sixteen_bits = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
     # The fourth band of a TIFF need not be opacity: it may be infrared.
     transparent = image.has_transparency_data and image.format in ("PNG", "WEBP", "GIF")
@@ -391,7 +393,7 @@ def hash_order(names):
 
 
 def is_hidden(name):
-    """Also a NAS's thumbnails (@eaDir) and what a Mac adds to zips."""
+    """Names that begin with a dot, a NAS's thumbnails (@eaDir), and what a Mac adds to zips."""
     return name.startswith((".", "@", "__MACOSX"))
 
 
@@ -471,7 +473,10 @@ def torchvision_set(name, train):
         labels = getattr(items, attribute, labels)
     if labels is None:
         labels = [label for _, label in items]  # decodes them all, but few sets have no list
-    classes = [str(c) for c in getattr(items, "classes", sorted({*labels}))]
+    classes = getattr(items, "classes", None)
+    if classes is None:
+        classes = sorted({*labels})
+    classes = [str(name) for name in classes]
     return ImageSet(os.path.join(name, split), range(len(items)), labels, classes, items=items)
 
 
@@ -558,7 +563,7 @@ def decode(images, device):
             dist.all_reduce(part)
     unreadable = (aspect == 0).nonzero().flatten().tolist()
     if unreadable:
-        *_, reason = images[unreadable[0]]
+        _, _, _, reason = images[unreadable[0]]
         kept = aspect.nonzero().flatten().tolist()
         pixels, aspect = pixels[kept], aspect[kept]
         images = images.subset(kept)
@@ -568,7 +573,7 @@ def decode(images, device):
     return images
 
 
-def check(images, device):
+def check_readable(images, device):
     """Look at 50 of the images: Failure if none can be read, or all are almost of one color."""
     readable = torch.zeros(0)
     if len(images) > 0:
@@ -577,7 +582,7 @@ def check(images, device):
         readable = pixels[aspect > 0]
         unreadable = rows[(aspect == 0).cpu()].tolist()
         if unreadable:
-            *_, reason = images[unreadable[0]]
+            _, _, _, reason = images[unreadable[0]]
             images.left_out.append(f"{len(unreadable)} of {len(rows)} tried unreadable ({reason})")
     if len(readable) == 0:
         raise Failure(f"nothing that can be read: {describe(images)}")
@@ -609,11 +614,10 @@ def load_data(args, device):
     """-> (training, test) ImageSets, decoded if they fit into --memory; test is None where there is
     nothing to evaluate on. Images keep the detail of a canvas 8/7 of the view (256 pixels for 224),
     at least 64 pixels, and no larger than the median image."""
-    sets = None
     if rank() == 0:
         sets = find_sets(args.data)  # it downloads for the others
     wait_for_all()
-    if sets is None:
+    if rank() > 0:
         sets = find_sets(args.data)
     sets = [images for images in sets if images is not None]
     if args.max_images:
@@ -636,7 +640,7 @@ def load_data(args, device):
     if size <= gather(torch.tensor([budget])).min():  # the smallest of all processes
         sets = [decode(images, device) for images in sets]
     for kind, images in zip(("training", "test"), sets):
-        check(images, device)
+        check_readable(images, device)
         say(f"{kind} images: {describe(images)}")
     if len(sets) == 1 or sets[1].labels.max() < 0:
         return sets[0], None
@@ -788,9 +792,10 @@ def color_jitter(x, brightness, contrast, saturation, hue, p=0.8):
     """Factors lie in 1 ± strength (at most 1), hue turns by ± strength (at most 1/2). The order of
     the four operations is random, the same for the whole batch."""
     strengths = brightness, contrast, saturation, hue
-    u = uniform(len(x), 4, device=x.device, low=-1) * chosen(x, p).flatten(1)
+    # (B, 4) in [-1, 1]; 0 for images that are left as they are
+    turns = uniform(len(x), 4, device=x.device, low=-1) * chosen(x, p).flatten(1)
     for i in torch.randperm(4).tolist():
-        change = strengths[i] * u[:, i, None, None, None]
+        change = strengths[i] * turns[:, i, None, None, None]
         factor = 1 + change
         if i == 0:  # brightness
             x = (x * factor).clamp_(0, 1)
@@ -1049,7 +1054,7 @@ def load_checkpoint(args, images, model, optimizer):
         return 0
     if saved["images"] != images.fingerprint():
         raise Failure(f"{args.out} was trained on {saved['images']}, not {images.fingerprint()}")
-    for name in "recipe", "batch_size", "optimizer", "weight_decay":
+    for name in "recipe", "batch_size", "optimizer", "weight_decay":  # part of what is saved
         before = saved["args"].get(name)
         now = vars(args).get(name)
         if before != now:
@@ -1102,12 +1107,12 @@ def batches(images, args, first_step, device):
             if images.pixels is not None:
                 order = order.to(device)  # once per epoch: a copy in each step would be waited for
             order = order.view(steps_per_epoch, world_size(), share)
-            done = max(0, first_step - epoch * steps_per_epoch)  # steps of this epoch
-            yield from order[done:, rank()]
+            steps_done = max(0, first_step - epoch * steps_per_epoch)  # of this epoch
+            yield from order[steps_done:, rank()]
 
     loaded = images.load(shares(), device, replace=True)
     for step, (pixels, aspect) in enumerate(loaded, first_step):
-        seed = (args.seed + 1) * 1_000_003 + step  # a prime: runs of other seeds do not overlap
+        seed = (args.seed + 1) * 1_000_003 + step  # other seeds overlap after 10⁶ steps
         torch.default_generator.manual_seed(seed)  # torch.manual_seed costs 100 times more
         if device.type != "cpu":
             getattr(torch, device.type).manual_seed(seed)

@@ -45,10 +45,13 @@ def stage_features(network, stages, x):
     a ViT's tokens are averaged over the patches."""
     outputs = {}
     hooks = []
+
+    def keep(stage, module, inputs, output):
+        outputs[stage] = output
+
     for stage in stages:
-        def keep(module, inputs, output, stage=stage):
-            outputs[stage] = output
-        hooks.append(network.get_submodule(stage).register_forward_hook(keep))
+        module = network.get_submodule(stage)
+        hooks.append(module.register_forward_hook(partial(keep, stage)))
     dim = network(x).shape[1]
     for hook in hooks:
         hook.remove()
@@ -56,7 +59,8 @@ def stage_features(network, stages, x):
     for stage in stages:
         z = outputs[stage]
         if z.dim() == 4:
-            z = F.adaptive_avg_pool2d(z, round((dim / z.shape[1]) ** 0.5)).flatten(1)
+            grid = round((dim / z.shape[1]) ** 0.5)  # grid² · channels is about dim
+            z = F.adaptive_avg_pool2d(z, grid).flatten(1)
         elif z.dim() == 3:
             z = z[:, 1:].mean(1)
         features.append(z.float())
@@ -69,7 +73,7 @@ def extract_features(network, images, rows, image_size, device, stages=("",), wh
     image could be read, (N,). Each of W processes encodes every W-th row, and has all in the end.
     what: a name for the progress on the screen; without it, none is shown."""
     mine = torch.arange(len(rows))[rank() :: world_size()]
-    if len(mine) == 0:  # more processes than images
+    if len(mine) == 0:  # more processes than images: encode one anyway, for the shapes
         mine = torch.tensor([0])
     parts = mine.split(256)
     loaded = images.load([rows[part] for part in parts], device)
@@ -97,7 +101,8 @@ def extract_features(network, images, rows, image_size, device, stages=("",), wh
 def calibrate_batch_norm(network, images, image_size, device, seed=0):
     """Set the BN statistics of an untrained network to their mean over up to 8 batches. With the
     initial 0 and 1 it would be too weak a baseline."""
-    norms = [m for m in network.eval().modules() if hasattr(m, "reset_running_stats")]
+    network.eval()
+    norms = [module for module in network.modules() if hasattr(module, "reset_running_stats")]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
@@ -120,16 +125,17 @@ def calibrate_batch_norm(network, images, image_size, device, seed=0):
 @torch.no_grad()
 def knn(train_features, train_labels, test_features, test_labels, k=200, temperature=0.1):
     """Top-1 in percent of a vote among the k nearest training images by cosine similarity s, each
-    with weight exp(s / temperature) (Wu et al., 1805.01978). Features (N, C), labels (N,)."""
-    bank = F.normalize(train_features.float(), dim=1)  # in float16 exp(10) overflows
+    with weight exp(s / temperature) (Wu et al., 1805.01978; there 0.07). Features (N, C), labels
+    (N,)."""
+    bank = F.normalize(train_features.float(), dim=1)  # in float16 the votes' sums overflow
     queries = F.normalize(test_features.float(), dim=1)
     k = min(k, len(bank))
-    classes = train_labels.max() + 1
+    classes = int(train_labels.max()) + 1
     correct = 0
     chunk = max(1, 2**27 // len(bank))  # half a gigabyte of similarities at once
-    for some, labels in zip(queries.split(chunk), test_labels.split(chunk)):
-        similarity, nearest = (some @ bank.T).topk(k)
-        votes = similarity.new_zeros(len(some), classes)
+    for part, labels in zip(queries.split(chunk), test_labels.split(chunk)):
+        similarity, nearest = (part @ bank.T).topk(k)
+        votes = similarity.new_zeros(len(part), classes)
         votes.scatter_add_(1, train_labels[nearest], (similarity / temperature).exp())
         correct += (votes.argmax(1) == labels).sum().item()
     return 100 * correct / len(test_labels)
@@ -144,7 +150,7 @@ def linear_path(features, labels, classes):
     """
     eigenvalues, directions = torch.linalg.eigh(features.T @ features / len(features))
     rotated = features.new_zeros(classes, features.shape[1])  # W E
-    b = features.new_zeros(classes, requires_grad=True)
+    b = features.new_zeros(classes, requires_grad=True)  # the bias / √classes: it curves like V
     for exponent in range(7):
         strength = 10.0**-exponent
         # at equal probabilities, the cross-entropy's curvature is the covariance / classes
@@ -192,12 +198,13 @@ def linear_probe(train_features, train_labels, test_features, test_labels, path=
     """-> dict: probe (top-1 in percent), chosen (the penalty's strength, or `mlp_path`'s steps),
     held_out (for each of these, top-1 on a tenth of the training images, before the fit to all).
 
-    Features (N, C), N at least 2, are standardised in place, as by MAE's BN without affine; labels
+    Features (N, C), N at least 2, are standardised first, as by MAE's BN without affine; labels
     (N,) from 0.
     """
     variance, mean = torch.var_mean(train_features, 0, correction=0)
-    for features in train_features, test_features:
-        features.sub_(mean).mul_((variance + 1e-6).rsqrt())
+    scale = (variance + 1e-6).rsqrt()
+    train_features = (train_features - mean) * scale
+    test_features = (test_features - mean) * scale
     classes = int(train_labels.max()) + 1
     order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(0))
     held, rest = order.to(train_labels.device).tensor_split([max(1, len(order) // 10)])
@@ -256,7 +263,7 @@ def evaluate(backbone, untrained, train, test, image_size, device, labels=1.0, s
              layers=False, mlp=False):
     """Prints and returns {name: accuracies} of "trained" (`backbone`), "random" (`untrained`) and
     "pixels"; also by stage ("trained layer1") and of an MLP ("trained, MLP"). With several
-    processes, the first one has them. labels: the fraction of training labels to use."""
+    processes, only rank 0 has them. labels: the fraction of training labels to use."""
     if test is None or (train.labels >= 0).sum() < 2:
         say("Nothing to evaluate on: try linear_probe.py --neighbours, or --data of class folders.")
         return {}
@@ -279,13 +286,16 @@ def evaluate(backbone, untrained, train, test, image_size, device, labels=1.0, s
                                  f"training images, {kind}")
         test_x, test_y = labelled_features(network, test, test_rows, image_size, device, stages,
                                            f"test images, {kind}")
-        for stage in stages if rank() == 0 else []:
-            given = x.pop(0), y, test_x.pop(0), test_y  # popped: the probe copies what it is given
-            vote = knn(*given)
-            for by, path in paths.items():
-                name = f"{kind} {stage}".strip() + by
-                report[name] = {"knn": vote, **linear_probe(*given, path)}
-                say(f"kNN {vote:5.1f}  linear probe {report[name]['probe']:5.1f}  {name}")
+        if rank() == 0:
+            for stage in stages:
+                features = x.pop(0)  # popped, so that the memory of each stage is freed
+                test_features = test_x.pop(0)
+                vote = knn(features, y, test_features, test_y)
+                for suffix, path in paths.items():
+                    name = f"{kind} {stage}".strip() + suffix
+                    probe = linear_probe(features, y, test_features, test_y, path)
+                    report[name] = {"knn": vote, **probe}
+                    say(f"kNN {vote:5.1f}  linear probe {probe['probe']:5.1f}  {name}")
         common.wait_for_all()
     if rank() == 0:
         chance = 100 * test_y.bincount().max() / len(test_y)
@@ -297,10 +307,10 @@ def evaluate(backbone, untrained, train, test, image_size, device, labels=1.0, s
 
 
 def say_best_stage(report):
-    """By held-out training images, so that no test image has a part in the choice."""
+    """Of the stages before the end, chosen by held-out training images."""
     held_out = {}
     for name, row in report.items():
-        if name.startswith("trained "):
+        if name.startswith("trained ") and not name.endswith(", MLP"):
             held_out[name] = max(row["held_out"].values())
     if held_out:
         best = max(held_out, key=held_out.get)
@@ -324,8 +334,8 @@ TIMM_NAMES = {  # parts of timm's names, as patterns, and torchvision's
     r"attn\.qkv\.": "self_attention.in_proj_",
     r"attn\.proj": "self_attention.out_proj",
 }
-HEADS = (r"(fc|heads?|linear|classifier|proj\w*|pred\w*|decoder\w*|mask_token|prototypes|queue\w*|"
-         r"pre_logits)(\.|$)")  # layers that a backbone goes without
+OUTPUT_LAYERS = (r"(fc|heads?|linear|classifier|proj\w*|pred\w*|decoder\w*|mask_token|prototypes|"
+                 r"queue\w*|pre_logits)(\.|$)")  # which a backbone goes without
 
 
 def timm_to_torchvision(weights):
@@ -367,11 +377,12 @@ def backbone_weights(found, network):
     if not prefixes:
         raise ValueError("it holds no weights of a ResNet or ViT (of another network: --arch)")
 
-    def preference(prefix):
+    def order(prefix):
+        no_teacher = "teacher" not in prefix
         average = re.search("student|target|momentum|key|encoder_k|ema", prefix) is not None
-        return "teacher" not in prefix, average, len(prefix)
+        return no_teacher, average, len(prefix)  # False comes first
 
-    prefix = min(sorted(prefixes), key=preference)
+    prefix = min(sorted(prefixes), key=order)
     weights = {}
     left_over = []
     for name, tensor in found.items():
@@ -379,7 +390,7 @@ def backbone_weights(found, network):
             weights[name.removeprefix(prefix)] = tensor
         else:
             parts = [part for part in name.split(".") if part not in prefix.split(".")]
-            left_over.append(parts[0])
+            left_over.append(parts[0] if parts else name)
     return weights, left_over
 
 
@@ -397,8 +408,9 @@ def build_resnet(weights, image_size, stem_padding):
     depths = [count[stage] for stage in sorted(count)]
     if kernel == 7:
         return common.ResNet(block, depths, width, "imagenet"), image_size or 224, ""
-    if len(depths) == 3:  # only ours have three stages
-        return common.ResNet(block, depths, width, "tiny"), image_size or 32, ""
+    if len(depths) == 3:
+        network = common.ResNet(block, depths, width, "tiny")
+        return network, image_size or 32, "a first layer of stride 2, as resnet8's here"
     network = common.ResNet(block, depths, width, "cifar")
     network.conv1.padding = stem_padding, stem_padding
     assumed = f"a first layer of stride 1 and --stem-padding {stem_padding}"
@@ -421,12 +433,12 @@ def build_vit(weights, image_size, heads):
     return network, image_size, assumed
 
 
-def fill(network, weights):
-    """Load the weights into the network -> names of heads, which it lacks. ValueError or
+def load_weights(network, weights):
+    """Load them into the network -> names of output layers, which it lacks. ValueError or
     RuntimeError: they do not fit."""
     own = network.state_dict()
-    heads = [name for name in weights if re.match(HEADS, name) and name not in own]
-    weights = {name: tensor for name, tensor in weights.items() if name not in heads}
+    unused = [name for name in weights if re.match(OUTPUT_LAYERS, name) and name not in own]
+    weights = {name: tensor for name, tensor in weights.items() if name not in unused}
     if isinstance(network, VisionTransformer):
         weights = interpolate_embeddings(network.image_size, network.patch_size, weights)
     if "conv1.weight" in own and "conv1.weight" in weights:
@@ -436,7 +448,7 @@ def fill(network, weights):
             raise ValueError(f"its first layer is {given}, the network's {stem}: 7x7 for views of "
                              "more than 64 pixels, else 3x3")
     network.load_state_dict(weights)
-    return heads
+    return unused
 
 
 def load_backbone(path, image_size=None, arch=None, stem_padding=1, heads=None, network=None):
@@ -464,12 +476,12 @@ def load_backbone(path, image_size=None, arch=None, stem_padding=1, heads=None, 
         elif network is None:
             network, image_size, assumed = build_vit(weights, image_size, heads)
         untrained = copy.deepcopy(network)
-        unused += fill(network, weights)
+        unused += load_weights(network, weights)
     except (AssertionError, KeyError, RuntimeError, ValueError) as error:
         lacking = "lacking " if isinstance(error, KeyError) else ""
         reason = " ".join(str(error).split())[:300]
         raise Failure(f"{path} does not fit a network that is known here: {lacking}{reason}")
-    if assumed and not ours:
+    if assumed and not (ours and "conv1.weight" in weights):
         say(f"{path}: assuming {assumed}")
     if unused:
         parts = sorted({name.split(".")[0] for name in unused})
@@ -496,12 +508,12 @@ def save_features(backbone, sets, image_size, device, path):
     features = torch.cat(features).numpy()
     labels = torch.cat(labels).numpy()
     order = np.arange(len(names))
-    if images.items is None:
+    if sets[0].items is None:  # files
         order = np.argsort(names)
     if rank() == 0:
         with open(path, "wb") as file:
             np.savez(file, features=features[order], names=np.array(names)[order],
-                     labels=labels[order], classes=np.array(images.classes, str))
+                     labels=labels[order], classes=np.array(sets[0].classes, str))
     say(f"{path}: {len(names):,} images, {features.shape[1]} features each")
 
 

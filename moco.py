@@ -160,8 +160,8 @@ class GroupBatchNorm(nn.BatchNorm2d):
         # batch_norm updates the buffers that it is given: with a momentum of 1, it overwrites them
         # with the mean and variance of this part.
         outputs = []
-        for part, (mean, variance) in zip(x.tensor_split(groups), statistics):
-            outputs.append(F.batch_norm(part, mean, variance, self.weight, self.bias,
+        for part, (part_mean, part_variance) in zip(x.tensor_split(groups), statistics):
+            outputs.append(F.batch_norm(part, part_mean, part_variance, self.weight, self.bias,
                                         training=True, momentum=1.0, eps=self.eps))
         mean, variance = statistics.mean(0)
         self.running_mean.lerp_(mean, self.momentum)
@@ -183,15 +183,16 @@ def replace_batch_norm(network, groups):
 
 
 def shuffle_rows(view2):
-    """Shuffled BN (v1, v2): put the total batch in random order -> this process's rows of it, and
-    the order. Otherwise a query and its key would be normalised with the same other images, and the
+    """Shuffled BN (v1, v2): returns this process's rows of the shuffled total batch, and the order.
+    Otherwise a query and its key would be normalised with the same other images, and the
     network could match them by these statistics, whatever the images show. Shuffling is worth 4
     points of kNN in the official CIFAR-10 notebook."""
     from common import gather, rank, world_size
 
     view2 = gather(view2)
     order = torch.randperm(len(view2), device=view2.device)  # the same on all processes
-    return view2[order].chunk(world_size())[rank()], order
+    mine = order.chunk(world_size())[rank()]
+    return view2[mine], order
 
 
 @torch.no_grad()
@@ -410,6 +411,8 @@ def train(args):
     from linear_probe import evaluate, load_backbone, quick_knn
 
     device = start(args.device, args.seed)
+    if args.version < 3 and args.bn_groups % world_size() != 0:
+        raise Failure(f"--bn-groups {args.bn_groups}: no multiple of {world_size()} processes")
     train_set, test_set = load_data(args, device)
     args.batch_size = batch_that_fits(args.batch_size, train_set)  # over all processes
     steps_per_epoch = len(train_set) // args.batch_size
@@ -426,8 +429,6 @@ def train(args):
     if args.init:
         load_backbone(args.init, network=backbone)
     if args.version < 3:
-        if args.bn_groups % world_size() != 0:
-            raise Failure(f"--bn-groups {args.bn_groups}: no multiple of {world_size()} processes")
         model = MoCo(backbone, backbone.feature_dim, proj_layers=1 if args.version == 1 else 2,
                      proj_dim=args.proj_dim, queue_size=args.queue_size,
                      bn_groups=args.bn_groups // world_size())

@@ -89,11 +89,11 @@ def show(title, rows, gemm=()):
     columns = {}  # for its order
     for row in rows:
         columns.update(row)
-    print()
-    print(*columns, sep=" | ")
-    print(*["---"] * len(columns), sep=" | ")
+    lines = [[], list(columns), ["---"] * len(columns)]
     for row in rows:
-        print(*[cell(row.get(column, "")) for column in columns], sep=" | ", flush=True)
+        lines.append([cell(row.get(column, "")) for column in columns])
+    for line in lines:
+        print(*line, sep=" | ", flush=True)
 
 
 def cell(value):
