@@ -1001,9 +1001,11 @@ def read_file(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise Failure(f"cannot read {path}: {error.strerror}")
     except Exception as error:  # damaged files raise a dozen kinds
-        reason = str(error).split(". ")[0]  # torch goes on with advice to trust the file
-        raise Failure(f"cannot read {path}: {reason or type(error).__name__}")
+        raise Failure(f"cannot read {path}: it is damaged, or not made by torch.save, or holds more "
+                      f"than weights: save a network's state_dict() ({type(error).__name__})")
 
 
 def read_run(out, method):

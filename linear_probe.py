@@ -38,7 +38,6 @@ from common import Failure, center_view, rank, say, world_size
 STAGES = r"layer\d|blocks\.\d+|encoder\.layers\.\w+"  # names of the parts of a network
 
 
-
 def stage_features(network, stages, x):
     """-> the features (B, C) after each of these stages; "" is the end. A map is pooled to a grid
     with about as many numbers as the final features, since more features alone raise the accuracy;
@@ -245,7 +244,7 @@ def quick_knn(network, train, test, image_size, device, sizes=(2000, 500), calib
     """kNN accuracy in percent while training, with k = 20, on at most `sizes` training and test
     images; None without labels. It works on a copy of the network, and draws no random numbers.
     calibrate: for an untrained network, see `calibrate_batch_norm`."""
-    if test is None:
+    if test is None or train.labels.max() < 0:
         return None
     network = copy.deepcopy(network).eval()
     if calibrate:
@@ -378,9 +377,8 @@ def backbone_weights(found, network):
         raise ValueError("it holds no weights of a ResNet or ViT (of another network: --arch)")
 
     def order(prefix):
-        no_teacher = "teacher" not in prefix
-        average = re.search("student|target|momentum|key|encoder_k|ema", prefix) is not None
-        return no_teacher, average, len(prefix)  # False comes first
+        other = re.search("student|target|momentum|key|encoder_k|ema", prefix) is not None
+        return other, len(prefix)  # False comes first
 
     prefix = min(sorted(prefixes), key=order)
     weights = {}
@@ -471,7 +469,7 @@ def load_backbone(path, image_size=None, arch=None, stem_padding=1, heads=None, 
         weights, unused = backbone_weights(find_weights(checkpoint), network)
         if "pos_embed" in weights and not hasattr(network, "pos_embed"):
             weights = timm_to_torchvision(weights)
-        if network is None and "conv1.weight" in weights:
+        if network is None and "layer1.0.conv1.weight" in weights:
             network, image_size, assumed = build_resnet(weights, image_size, stem_padding)
         elif network is None:
             network, image_size, assumed = build_vit(weights, image_size, heads)
@@ -555,8 +553,10 @@ def parse_args(argv=None):
 
 def run(args):
     for path in args.features, args.neighbours:
-        if path:
-            open(path, "ab").close()  # if it cannot be written, that shows now, not after hours
+        if path and os.path.exists(path):
+            raise Failure(f"{path} exists already: choose another name")
+        if path and not os.path.isdir(os.path.dirname(path) or "."):
+            raise Failure(f"{path}: there is no such folder")
     device = common.start(args.device, args.seed)
     backbone, untrained, args.image_size = load_backbone(
         args.checkpoint, args.image_size, args.arch, args.stem_padding, args.heads)

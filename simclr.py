@@ -303,10 +303,11 @@ def positives_and_negatives(z1, z2, temperature):
     z = F.normalize(torch.cat([z1, z2]), dim=1)
     logits = z @ z.T / temperature
     positives = logits.diagonal(len(z1)).repeat(2)
-    # The negatives of row i are columns i + 1, i + 2, ... (mod 2B), without i + B, its positive.
-    offsets = torch.arange(1, len(z), device=z.device)
-    offsets = torch.cat([offsets[: len(z1) - 1], offsets[len(z1) :]])
-    columns = (torch.arange(len(z), device=z.device)[:, None] + offsets) % len(z)
+    # The negatives of a row are all columns but its image's two views, first and first + B.
+    first = (torch.arange(len(z), device=z.device) % len(z1))[:, None]
+    columns = torch.arange(len(z) - 2, device=z.device)
+    columns = columns + (columns >= first)
+    columns = columns + (columns >= first + len(z1))
     return positives, logits.gather(1, columns)
 
 

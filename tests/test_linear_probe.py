@@ -353,7 +353,6 @@ def test_quick_knn_without_test_images():
     assert quick_knn(common.make_backbone("resnet8", 16), images, None, 16, CPU) is None
 
 
-@pytest.mark.xfail(strict=True, reason="it raises IndexError")
 def test_quick_knn_without_labels():
     """As --max-images may leave a training set."""
     images = bright_images([0, 1, 2] * 10)
@@ -597,7 +596,6 @@ def test_stem_padding_is_said_and_changes_the_features(capsys):
     assert not torch.allclose(plain.eval()(x), network(x), atol=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is said")
 def test_what_is_assumed_of_three_stages_is_said(capsys):
     """Others have such networks, too, with stride 1."""
     load_backbone(saved(common.make_backbone("resnet8", 32).state_dict()))
@@ -668,7 +666,6 @@ def test_a_file_that_does_not_fit(content, reason):
     assert len(str(failure.value)) < 400 and "\n" not in str(failure.value)
 
 
-@pytest.mark.xfail(strict=True, reason="it is said to lack conv_proj.weight")
 def test_a_resnet_without_its_first_layer_is_not_taken_for_a_vit():
     with pytest.raises(Failure, match="lacking 'conv1.weight'"):
         load_backbone(saved({**without("conv1.weight"), "conv1.0.weight": HEAD}))
@@ -687,7 +684,6 @@ def test_a_file_that_cannot_be_read(content):
         load_backbone("text.pth")
 
 
-@pytest.mark.xfail(strict=True, reason="the reason is a number")
 def test_the_reason_why_a_file_of_text_cannot_be_read():
     with open("text.pth", "w") as file:
         file.write("hello")
@@ -695,7 +691,6 @@ def test_the_reason_why_a_file_of_text_cannot_be_read():
         load_backbone("text.pth")
 
 
-@pytest.mark.xfail(strict=True, reason="no way out is named")
 def test_a_pickled_network_is_refused_with_the_way_out():
     with pytest.raises(Failure, match=r"cannot read file.pth: .*state_dict"):
         load_backbone(saved({"model": nn.Linear(2, 2)}))
