@@ -1004,8 +1004,8 @@ def read_file(path):
     except OSError as error:
         raise Failure(f"cannot read {path}: {error.strerror}")
     except Exception as error:  # damaged files raise a dozen kinds
-        raise Failure(f"cannot read {path}: it is damaged, or not made by torch.save, or holds more "
-                      f"than weights: save a network's state_dict() ({type(error).__name__})")
+        raise Failure(f"cannot read {path}: it is damaged, or not made by torch.save, or holds "
+                      f"more than weights: save a network's state_dict() ({type(error).__name__})")
 
 
 def read_run(out, method):

@@ -271,7 +271,7 @@ def test_out_of_memory(capsys):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
     result = call(capsys, raised(error), lambda argv: None)
     assert_one_line(result, "error: CUDA out of memory. Tried to allocate 20.00 MiB.")
-    assert "--batch-size" in result[2]
+    assert "Try smaller batches" in result[2]
 
 
 @pytest.mark.parametrize("error", [

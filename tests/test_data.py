@@ -537,7 +537,7 @@ def test_a_quarter_of_the_free_memory_of_a_gpu(monkeypatch, class_folders, free,
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", free_and_total)
     monkeypatch.setattr(common, "decode", decode)
-    monkeypatch.setattr(common, "check", lambda images, device: None)
+    monkeypatch.setattr(common, "check_readable", lambda images, device: None)
     load(device=torch.device("cuda"))
     assert len(decoded) == (2 if kept else 0)
 
