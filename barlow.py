@@ -206,12 +206,12 @@ class LARS(torch.optim.Optimizer):
         return loss
 
 
-def cosine_schedule(step, total_steps, warmup_steps, start, end=0.0):
-    """Rises linearly to `start` over the warm-up, then moves to `end` on half a cosine."""
+def cosine_schedule(step, total_steps, warmup_steps, base, end=0.0):
+    """Rises linearly to `base` over the warm-up, then moves to `end` on half a cosine."""
     if step < warmup_steps:
-        return start * (step + 1) / warmup_steps
+        return base * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+    return end + (base - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def make_optimizer(model, weight_decay):

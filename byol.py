@@ -77,6 +77,7 @@ def without_dropout(network):
     """Switch off the network's dropout and stochastic depth, in training mode too: a target that
     draws at random would differ from itself from one pass to the next."""
     for module in network.modules():
+        # by name, so that neither torchvision nor timm need be imported
         if type(module).__name__.startswith(("Dropout", "StochasticDepth", "DropPath")):
             module.p = 0.0  # torch's and torchvision's name
             module.drop_prob = 0.0  # timm's
@@ -177,12 +178,12 @@ class LARS(torch.optim.Optimizer):
         return loss
 
 
-def cosine_schedule(step, total_steps, warmup_steps, start, end=0.0):
-    """Rises linearly to `start` over the warm-up, then moves to `end` on half a cosine."""
+def cosine_schedule(step, total_steps, warmup_steps, base, end=0.0):
+    """Rises linearly to `base` over the warm-up, then moves to `end` on half a cosine."""
     if step < warmup_steps:
-        return start * (step + 1) / warmup_steps
+        return base * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+    return end + (base - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @torch.no_grad()

@@ -283,12 +283,13 @@ def to_square(image, side):
     says; transparency becomes white; 16-bit gray is scaled by its full range. ValueError: pixels
     without a known range."""
     image.draft(None, (2 * side, 2 * side))  # a JPEG may be decoded at a fraction of its size
-    # asked now, since exif_transpose drops the format
-    sixteen_bits = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
+    # mode I;16, or I from these formats; asked now, since exif_transpose drops the format
+    sixteen_bits = image.mode.startswith("I;16") or (
+        image.mode == "I" and image.format in ("PNG", "PPM"))
     # The fourth band of a TIFF need not be opacity: it may be infrared.
-    transparent = image.has_transparency_data and image.format in ("PNG", "WEBP", "GIF")
+    transparent = image.has_transparency_data and image.format in ("PNG", "WEBP", "GIF", "AVIF")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") and sixteen_bits:
+    if sixteen_bits:
         gray = np.asarray(image, dtype=np.float32) * (255 / 65535)
         image = Image.fromarray(gray.round().astype(np.uint8))
     elif image.mode.startswith(("I", "F")):
@@ -389,7 +390,7 @@ class ImageSet:
 def hash_order(names):
     """Indices of the names in an order that looks random and is the same on every machine."""
     hashes = [zlib.crc32(os.fsencode(str(name))) for name in names]
-    return sorted(range(len(names)), key=hashes.__getitem__)
+    return sorted(range(len(names)), key=lambda i: hashes[i])
 
 
 def is_hidden(name):
@@ -447,8 +448,8 @@ def folder_set(root, classes=None):
         classes = sorted(set(first_folders) - {None})
         if len(classes) == 1:
             classes = []
-    number = {name: i for i, name in enumerate(classes)}
-    labels = [number.get(name, -1) for name in first_folders]
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = [label_of.get(name, -1) for name in first_folders]
     left_out = [f"{count} {kind}" for kind, count in others.most_common()]
     left_out += [str(error) for error in errors]
     return ImageSet(str(root), names, labels, classes, left_out)
@@ -456,10 +457,10 @@ def folder_set(root, classes=None):
 
 def torchvision_set(name, train):
     """A set of torchvision.datasets, which downloads it to ./data."""
-    known = {known.lower(): known for known in torchvision.datasets.__all__}
-    if name.lower() not in known:
+    spelling = {known.lower(): known for known in torchvision.datasets.__all__}
+    if name.lower() not in spelling:
         raise Failure(f"--data {name}: no such folder, and no torchvision set of that name")
-    make = getattr(torchvision.datasets, known[name.lower()])
+    make = getattr(torchvision.datasets, spelling[name.lower()])
     split = "train" if train else "test"
     if name.lower() == "stl10" and train:
         split = "train+unlabeled"
@@ -476,7 +477,7 @@ def torchvision_set(name, train):
     classes = getattr(items, "classes", None)
     if classes is None:
         classes = sorted({*labels})
-    classes = [str(name) for name in classes]
+    classes = [str(label) for label in classes]
     return ImageSet(os.path.join(name, split), range(len(items)), labels, classes, items=items)
 
 
@@ -553,7 +554,7 @@ def decode(images, device):
     pixels = torch.zeros(len(images), 3, images.side, images.side, dtype=torch.uint8)
     aspect = torch.zeros(len(images))
     mine = torch.arange(len(images))[rank() :: world_size()]
-    parts = [rows for rows in mine.split(64) if len(rows) > 0]  # there may be more processes
+    parts = [rows for rows in mine.split(64) if len(rows) > 0]  # none if processes outnumber images
     loaded = images.load(parts, torch.device("cpu"))
     for rows, batch in zip(parts, progress(loaded, f"decoding {images.origin}", len(parts))):
         pixels[rows], aspect[rows] = batch

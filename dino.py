@@ -141,8 +141,8 @@ class ViT(nn.Module):
         self.apply(init_linear)
 
     def positions(self, height, width):
-        """-> the position embeddings of height · width patches, (1, 1 + height · width, C): for
-        image_size as they are, else interpolated."""
+        """-> the position embeddings of height · width patches, (1, 1 + height · width, C),
+        interpolated; at image_size, bicubic interpolation leaves them as they are."""
         grid = self.pos_embed[:, 1:].unflatten(1, (self.grid_size, self.grid_size))
         grid = grid.permute(0, 3, 1, 2)  # (1, C, grid_size, grid_size)
         grid = F.interpolate(grid, (height, width), mode="bicubic")
@@ -212,6 +212,7 @@ def without_dropout(network):
     """Switch off the network's dropout and stochastic depth, in training mode too: a target that
     draws at random would differ from itself from one pass to the next."""
     for module in network.modules():
+        # by name, so that neither torchvision nor timm need be imported
         if type(module).__name__.startswith(("Dropout", "StochasticDepth", "DropPath")):
             module.p = 0.0  # torch's and torchvision's name
             module.drop_prob = 0.0  # timm's
@@ -235,7 +236,8 @@ class DINO(nn.Module):
 
     def forward(self, global_views, local_views, noise=None):
         """Lists of 2 and of V - 2 views (B, 3, H, W) -> logits of the student (V, B, K) and of the
-        teacher (2, B, K). Views of one size share a pass, and so BN statistics.
+        teacher (2, B, K). In the backbone, views of one size share a pass, and so BN statistics; in
+        the head, all views do.
 
         noise (V, B, depth, 2): random numbers for the student, if it is a ViT; may be left out.
         """
@@ -277,10 +279,10 @@ def dino_loss(student, teacher, center, student_temperature, teacher_temperature
 
 @torch.no_grad()
 def teacher_entropy(teacher, center, teacher_temperature):
-    """Health: mean entropy of the teacher's distributions, in nats: (2, B, K) -> scalar. Near 0,
-    one class takes all: centering too weak. Near ln K, all classes are alike: sharpening too weak.
-    The loss minus it is the log line's kl, the divergence of the student from the teacher, which
-    should not vanish: it is 0 in either collapse (figure 7)."""
+    """Health: mean entropy of the teacher's distributions, in nats: (2, B, K) -> scalar. The loss
+    minus it is the log line's kl, the divergence of the student from the teacher, which goes to 0
+    in a collapse (figure 7). If the entropy goes to 0 as well, one class takes all: centering is
+    too weak. If it goes to ln K, all classes are alike: sharpening is too weak."""
     log_p = torch.log_softmax((teacher - center) / teacher_temperature, 2)
     return -(log_p.exp() * log_p).sum(2).mean()
 
@@ -322,12 +324,12 @@ def augment(images, aspect, size, crop_scale, jitter_strength, blur, solarize=0.
 # ------------------------------------------------------------------------------------- training
 
 
-def cosine_schedule(step, total_steps, warmup_steps, start, end=0.0):
-    """Rises linearly to `start` over the warm-up, then moves to `end` on half a cosine."""
+def cosine_schedule(step, total_steps, warmup_steps, base, end=0.0):
+    """Rises linearly to `base` over the warm-up, then moves to `end` on half a cosine."""
     if step < warmup_steps:
-        return start * (step + 1) / warmup_steps
+        return base * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+    return end + (base - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def linear_schedule(epoch, warmup_epochs, start, end):
@@ -401,7 +403,7 @@ def train(args):
         load_backbone(args.init, network=backbone)
     model = DINO(backbone, backbone.feature_dim, args.out_dim, args.hidden_dim,
                  head_bn=args.head_bn)
-    backbone = model.teacher["backbone"]  # used after training
+    backbone = model.teacher["backbone"]  # the teacher's from here on: it is used after training
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
     augment_global = partial(augment, size=args.image_size, crop_scale=(args.crop_scale, 1.0),
@@ -437,6 +439,7 @@ def train(args):
         view1 = augment1(images, aspect)
         view2 = augment2(images, aspect)
         local_views = [augment_local(images, aspect) for _ in range(args.local_views)]
+        # Drawn here: all processes are seeded alike, and would draw the same for their images.
         noise = None
         if stochastic_depth:
             noise = uniform(len(images), 2 + args.local_views, depth, 2, device=device)
@@ -452,7 +455,8 @@ def train(args):
         loss.backward()
         clip_gradients(model.student.parameters(), args.clip_norm)
         if step < args.freeze_epochs * steps_per_epoch:
-            model.student["head"].last_layer.weight.grad = None  # if it were 0, decay would go on
+            # None, not 0: with 0 the optimizer would still apply momentum and weight decay
+            model.student["head"].last_layer.weight.grad = None
         optimizer.step()
         ema_update(model.teacher, model.student, ema_momentum)
         batch_mean = gather(teacher.mean((0, 1))[None]).mean(0)  # of all processes
@@ -569,7 +573,7 @@ def parse_args(argv=None):
 # view's side, so that elongated images lose detail (cut them beforehand). From the official code:
 # the teacher's temperature rises by the step (official: by the epoch); blur is a true Gaussian
 # (official: PIL's); position embeddings are interpolated to exactly the size of the grid (official:
-# a tenth of a patch more); bfloat16 without gradient scaling (official: float16). As in its
+# a tenth of a patch more); bfloat16 without gradient scaling (official: float16, whose logits are finer). As in its
 # default, the lengths of the last layer's weights stay 1; for ViT-S, its help advises to train them
 # (--norm_last_layer false). The survey's formula has two views, and neither temperatures nor a
 # center.

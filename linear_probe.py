@@ -89,10 +89,11 @@ def extract_features(network, images, rows, image_size, device, stages=("",), wh
     if world_size() > 1:
         dist.all_reduce(readable)
         for i, own in enumerate(features):
-            features[i] = own.new_zeros(len(rows), own.shape[1])
-            if rank() < len(rows):
-                features[i][mine.to(device)] = own
-            dist.all_reduce(features[i])
+            everyones = own.new_zeros(len(rows), own.shape[1])
+            if rank() < len(rows):  # else `own` was encoded only for its shape
+                everyones[mine.to(device)] = own
+            dist.all_reduce(everyones)
+            features[i] = everyones
     return features, readable.bool()
 
 
@@ -144,12 +145,14 @@ def linear_path(features, labels, classes):
     """Softmax regression: yields (strength, classifier) from the strongest penalty to the weakest,
     each the minimum of mean cross-entropy + strength / 2 · ‖W‖².
 
-    L-BFGS works on V, where W = V diag(scale) Eᵀ and E are the eigenvectors of the covariance: in V
-    the loss curves alike in all directions, so that it converges in some dozens of steps.
+    L-BFGS does not work on W and the bias, but on V and b, in which the loss curves alike in all
+    directions, so that it converges in some dozens of steps:
+
+        W = V diag(scale) Eᵀ,  E: eigenvectors of the covariance;   bias = √classes · b
     """
     eigenvalues, directions = torch.linalg.eigh(features.T @ features / len(features))
     rotated = features.new_zeros(classes, features.shape[1])  # W E
-    b = features.new_zeros(classes, requires_grad=True)  # the bias / √classes: it curves like V
+    b = features.new_zeros(classes, requires_grad=True)
     for exponent in range(7):
         strength = 10.0**-exponent
         # at equal probabilities, the cross-entropy's curvature is the covariance / classes
@@ -359,11 +362,10 @@ def find_weights(value, name=""):
 
 
 def backbone_weights(found, network):
-    """A file's tensors by dotted name -> the backbone's {name: tensor}, and names of the parts that
-    are left over.
+    """{dotted name: tensor} of a file -> {name: tensor} of its backbone, and names of other parts.
 
-    Of several backbones, DINO evaluates the teacher, BYOL and MoCo not the target or key encoder.
-    ValueError: there is none.
+    If there are several backbones, it takes the one that the method evaluates: DINO's teacher,
+    BYOL's online network, MoCo's query encoder. Raises ValueError if there is none.
     """
     first_names = ["layer1.0.conv1.weight", "pos_embed", "encoder.pos_embedding"]
     if network is not None:
@@ -376,11 +378,12 @@ def backbone_weights(found, network):
     if not prefixes:
         raise ValueError("it holds no weights of a ResNet or ViT (of another network: --arch)")
 
-    def order(prefix):
-        other = re.search("student|target|momentum|key|encoder_k|ema", prefix) is not None
-        return other, len(prefix)  # False comes first
+    def preference(prefix):
+        """The lowest is taken: False comes before True, then the shorter name."""
+        not_evaluated = re.search("student|target|momentum|key|encoder_k|ema", prefix) is not None
+        return not_evaluated, len(prefix)
 
-    prefix = min(sorted(prefixes), key=order)
+    prefix = min(sorted(prefixes), key=preference)
     weights = {}
     left_over = []
     for name, tensor in found.items():

@@ -112,7 +112,7 @@ def sinkhorn(scores, epsilon, iterations):
 
     The maximum is exp(scores / ε) with each row and each column multiplied by a factor of its own
     (equation 5). Sinkhorn-Knopp finds the factors: divide each column by its sum, then each row by
-    its sum, which spoils the columns a little, and repeat. The code works on log Q, since exp would
+    its sum, which spoils the columns a little, and repeat. The code works on log Q, since exp can
     overflow; dividing by a sum is then a log-softmax. It makes the sums 1, not 1 / K and 1 / B: the
     next division removes constant factors. The rows come last, so that they sum to 1 exactly; the
     columns' sums are only nearly equal after a few iterations.
@@ -217,12 +217,12 @@ class LARS(torch.optim.Optimizer):
         return loss
 
 
-def cosine_schedule(step, total_steps, warmup_steps, start, end=0.0):
-    """Rises linearly to `start` over the warm-up, then moves to `end` on half a cosine."""
+def cosine_schedule(step, total_steps, warmup_steps, base, end=0.0):
+    """Rises linearly to `base` over the warm-up, then moves to `end` on half a cosine."""
     if step < warmup_steps:
-        return start * (step + 1) / warmup_steps
+        return base * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+    return end + (base - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def make_optimizer(name, model, weight_decay):
@@ -324,7 +324,8 @@ def train(args):
         optimizer.zero_grad()
         loss.backward()
         if step < frozen_steps:
-            model.prototypes.weight.grad = None  # with 0, decay and momentum would still move them
+            # None, not 0: with 0 the optimizer would still apply momentum and weight decay
+            model.prototypes.weight.grad = None
         optimizer.step()
         if args.queue_size > 0 and step >= queue_start:
             model.enqueue(large_z)
@@ -409,10 +410,10 @@ def parse_args(argv=None):
 # demo: the best values measured on the synthetic images. cpu: for real images, not tuned.
 #
 # Departures from the paper: LARS for the authors' LARC, which divides by |g| + weight_decay · |w|
-# (LARS: |g + weight_decay · w|); a warm-up starts at 0 (authors' code: 1/16 of the peak); no bias
-# ahead of the projector's BN, which would cancel it; codes come from float32 scores (authors' code:
-# float16); blur is a true Gaussian (authors' code: PIL's three box filters); crops are taken from a
-# square canvas of 8/7 of the view's side, so that elongated images lose detail (cut them
+# (LARS: |g + weight_decay · w|); a warm-up starts near 0 (authors' code: at 1/16 of the peak); no
+# bias ahead of the projector's BN, which would cancel it; codes come from float32 scores (authors'
+# code: float16); blur is a true Gaussian (authors' code: PIL's three box filters); crops are taken
+# from a square canvas of 8/7 of the view's side, so that elongated images lose detail (cut them
 # beforehand).
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 # Of the operations that autocast changes: those that it runs in bfloat16, and those that it runs in
 # the widest dtype of their inputs. All others run in float32.
-BFLOAT16 = re.compile("conv|mm|matmul|mv$|linear$|einsum|addr|prelu|attention|vecdot|multi_dot|cell")
+BFLOAT16 = re.compile("conv|mm|matmul|mv$|linear$|einsum|addr|prelu|attention|vecdot|multi_dot|"
+                      "cell")
 WIDEST = re.compile("addc(div|mul)|atan2|bilinear|cross|(v|tensor)?dot|.*sampler|.*put|scatter_add")
 AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 

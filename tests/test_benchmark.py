@@ -53,8 +53,10 @@ def test_gradient_is_that_of_lightly(method):
 
 
 def test_tables(capsys):
-    rows = [{"what": "ours", "median": 12345.6}, {"what": "theirs", "median": 0.01234, "ratio": 2.0}]
-    benchmark.show("Title", rows + [{"what": "tiny", "median": 1e-14}], [1e11])
+    rows = [{"what": "ours", "median": 12345.6},
+            {"what": "theirs", "median": 0.01234, "ratio": 2.0},
+            {"what": "tiny", "median": 1e-14}]
+    benchmark.show("Title", rows, gemm=[1e11])
     assert capsys.readouterr().out.splitlines()[-6:] == [
         "", "what | median | ratio", "--- | --- | ---", "ours | 12,346 | ",
         "theirs | 0.0123 | 2.00", "tiny | 1.0e-14 | "]
