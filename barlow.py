@@ -3,7 +3,7 @@
 Zbontar et al., "Barlow Twins: Self-Supervised Learning via Redundancy Reduction" (2021,
 arXiv 2103.03230); --loss vicreg: Bardes et al., "VICReg: Variance-Invariance-Covariance
 Regularization for Self-Supervised Learning" (2021, arXiv 2105.04906).
-Survey family: information maximisation, redundancy reduction. What prevents collapse: a constant
+Survey family: information maximization, redundancy reduction. What prevents collapse: a constant
 correlates with nothing, and copies of one dimension correlate with each other.
 
 Each image is augmented twice. The D dimensions of z1 are correlated over the batch with those of
@@ -45,7 +45,7 @@ class BarlowTwins(nn.Module):
 
     backbone: (B, 3, H, W) -> (B, feature_dim). The projector's three layers are as wide as z, in
     the paper wider than the features. They have no biases, and BN follows only the first two, since
-    barlow_loss standardises z itself.
+    barlow_loss standardizes z itself.
     """
 
     def __init__(self, backbone, feature_dim, proj_dim=8192):
@@ -73,7 +73,7 @@ class BarlowTwins(nn.Module):
 
 def correlate(z1, z2):
     """Equation 2 of Barlow Twins: (B, D), (B, D) -> C (D, D). The equation takes z to be of mean 0,
-    so z is standardised first, a step that many texts leave out.
+    so z is standardized first, a step that many texts leave out.
 
         C_ij = 1/B Σ_b ẑ1_bi ẑ2_bj,    ẑ = (z - mean) / √(var + 1e-5)
 
@@ -262,7 +262,7 @@ def train(args):
     started = saved_at = time.monotonic()
 
     for step, images, aspect in batches(train_set, args, first_step, device):  # seeds each step
-        lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr, peak_lr / 1000)
+        lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr, end=peak_lr / 1000)
         weights_group, biases_group = optimizer.param_groups
         weights_group["lr"] = lr
         biases_group["lr"] = cosine_schedule(step, total_steps, warmup_steps, peak_lr_biases,
@@ -333,10 +333,11 @@ def parse_args(argv=None):
     add("--covariance-weight", type=float, default=1.0, help="vicreg: ν; paper: 1")
     add("--proj-dim", type=int, help="length of z; papers: 8192")
     add("--crop-scale", type=float, help="smallest crop, fraction of the image's area; paper: 0.08")
-    add("--jitter-strength", type=float, default=1.0, help="strength of the color jitter; paper: 1")
+    add("--jitter-strength", type=float, default=1.0,
+        help="strength of the color jitter, s; paper: 1")
     add("--blur1", type=float, help="fraction of first views that are blurred; paper: 1")
     add("--blur2", type=float, help="fraction of second views that are blurred; paper: 0.1")
-    add("--solarize2", type=float, help="fraction of second views that are solarised; paper: 0.2")
+    add("--solarize2", type=float, help="fraction of second views that are solarized; paper: 0.2")
     return parse_with_recipe(parser, RECIPES, argv)
 
 
@@ -357,7 +358,8 @@ def parse_args(argv=None):
 # beforehand); blur is a true Gaussian (official: PIL's). The official gradient on W GPUs is 1/W of
 # the true one, because the sum over GPUs in C passes none on: LARS cancels this for weights, but
 # not for biases, whose steps are W times longer here. VICReg's projector has biases before its two
-# BN (official), where they have no effect; here it has none.
+# BN (official), where they have no effect; here it has none. In the
+# official code only: a residual block's last BN starts at 0.
 
 if __name__ == "__main__":
     from common import main

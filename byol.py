@@ -41,7 +41,7 @@ class BYOL(nn.Module):
     """Online network, its predictor, and the target network, which has no predictor.
 
     backbone: (B, 3, H, W) -> (B, feature_dim). The target stays in training mode: it, too,
-    normalises by the batch's statistics, and it keeps running statistics of its own.
+    normalizes by the batch's statistics, and it keeps running statistics of its own.
     """
 
     def __init__(self, backbone, feature_dim, hidden_dim=4096, proj_dim=256):
@@ -245,7 +245,7 @@ def train(args):
         lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        ema_momentum = cosine_schedule(step, total_steps, 0, args.ema_momentum, 1.0)
+        ema_momentum = cosine_schedule(step, total_steps, 0, args.ema_momentum, end=1.0)
         view1 = augment1(images, aspect)
         view2 = augment2(images, aspect)
         with autocast(device):
@@ -304,10 +304,11 @@ def parse_args(argv=None):
     add("--hidden-dim", type=int, help="width of projector and predictor; paper: 4096")
     add("--proj-dim", type=int, default=256, help="length of z and p; paper: 256")
     add("--crop-scale", type=float, help="smallest crop, fraction of the image's area; paper: 0.08")
-    add("--jitter-strength", type=float, default=1.0, help="strength of the color jitter; paper: 1")
+    add("--jitter-strength", type=float, default=1.0,
+        help="strength of the color jitter, s; paper: 1")
     add("--blur1", type=float, help="fraction of first views that are blurred; paper: 1")
     add("--blur2", type=float, help="fraction of second views that are blurred; paper: 0.1")
-    add("--solarize2", type=float, help="fraction of second views that are solarised; paper: 0.2")
+    add("--solarize2", type=float, help="fraction of second views that are solarized; paper: 0.2")
     return parse_with_recipe(parser, RECIPES, argv)
 
 

@@ -250,10 +250,10 @@ def uniform(n, *shape, device, low=0.0, high=1.0):
 
 def parallel(model, compile=False, sync_bn=True):
     """-> what the loop calls in the model's place: gradients are means over the processes, and BN
-    normalises over all of them (on CUDA; torch has no such BN for CPUs, where each process has its
+    normalizes over all of them (on CUDA; torch has no such BN for CPUs, where each process has its
     own statistics).
 
-    Synchronised BN makes the host wait for the GPU in each layer, and splits torch.compile's graph.
+    Synchronized BN makes the host wait for the GPU in each layer, and splits torch.compile's graph.
     """
     device = next(model.parameters()).device
     if world_size() > 1 and sync_bn and device.type == "cuda":
@@ -765,7 +765,7 @@ def random_resized_crop(images, aspect, size, scale, interpolation="bilinear"):
 
 
 def center_view(images, aspect, size):
-    """The evaluation's view, normalised: the original's central square, of 7/8 of the shorter side
+    """The evaluation's view, normalized: the original's central square, of 7/8 of the shorter side
     (256 -> 224), or all of it for views of at most 64 pixels."""
     canvas = images.shape[3]
     side = canvas * (7 / 8 if size > 64 else 1)

@@ -9,7 +9,7 @@ uniform.
 Each image is cropped into two large views (global) and several small ones (local). Student and
 teacher turn a view into probabilities of K classes, which have no given meaning: training finds
 them. The student sees all views, the teacher only the global ones. From each view the student
-learns to predict the teacher's output for another one: it has to recognise the whole from a part.
+learns to predict the teacher's output for another one: it has to recognize the whole from a part.
 
                   ┌─ global views ─ teacher ─ logits - center ─ softmax(/ τ_t), no gradient ─┐
         image ────┤                    ↑ EMA                                                 ├─ loss
@@ -223,7 +223,7 @@ class DINO(nn.Module):
     """Student and teacher, each a backbone and a head, and the center of the teacher's logits.
 
     backbone: (B, 3, H, W) -> (B, feature_dim), for global and local views. The teacher starts as a
-    copy of the student and has no gradient. Both stay in training mode: BN normalises by the batch.
+    copy of the student and has no gradient. Both stay in training mode: BN normalizes by the batch.
     """
 
     def __init__(self, backbone, feature_dim, out_dim=65536, hidden_dim=2048, bottleneck_dim=256,
@@ -287,19 +287,6 @@ def teacher_entropy(teacher, center, teacher_temperature):
     return -(log_p.exp() * log_p).sum(2).mean()
 
 
-@torch.no_grad()
-def update_center(center, batch_mean, center_momentum):
-    """Equation 4: c ← m · c + (1 - m) · mean of the teacher's logits over the batch, (K,)."""
-    center.lerp_(batch_mean, 1 - center_momentum)
-
-
-@torch.no_grad()
-def ema_update(target, online, ema_momentum):
-    """target ← ema_momentum · target + (1 - ema_momentum) · online, parameters only: BN statistics
-    are each network's own."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - ema_momentum)
-
-
 # --------------------------------------------------------------------------------- augmentation
 
 
@@ -307,7 +294,7 @@ def augment(images, aspect, size, crop_scale, jitter_strength, blur, solarize=0.
     """BYOL's augmentation, for all views: uint8 images (B, 3, S, S), resized to squares, and aspect
     (B,), their original width / height -> views (B, 3, size, size). crop_scale: smallest and
     largest crop, as fractions of the image's area. blur, solarize: the fractions of the views that
-    are blurred and solarised."""
+    are blurred and solarized."""
     from common import (color_jitter, gaussian_blur, normalize, random_grayscale,
                         random_horizontal_flip, random_resized_crop, random_solarize)
 
@@ -337,6 +324,19 @@ def linear_schedule(epoch, warmup_epochs, start, end):
     if epoch >= warmup_epochs:
         return end
     return start + (end - start) * epoch / warmup_epochs
+
+
+@torch.no_grad()
+def update_center(center, batch_mean, center_momentum):
+    """Equation 4: c ← m · c + (1 - m) · mean of the teacher's logits over the batch, (K,)."""
+    center.lerp_(batch_mean, 1 - center_momentum)
+
+
+@torch.no_grad()
+def ema_update(target, online, ema_momentum):
+    """target ← ema_momentum · target + (1 - ema_momentum) · online, parameters only: BN statistics
+    are each network's own."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - ema_momentum)
 
 
 @torch.no_grad()
@@ -389,6 +389,7 @@ def train(args):
     steps_per_epoch = len(train_set) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = warmup_that_fits(round(args.warmup_epochs * steps_per_epoch), total_steps)
+    frozen_steps = round(args.freeze_epochs * steps_per_epoch)
     peak_lr = args.lr * args.batch_size / 256
 
     if args.arch in VITS:
@@ -413,12 +414,12 @@ def train(args):
     augment_local = partial(augment, size=args.local_size, blur=0.5 * args.blur,
                             crop_scale=(args.local_crop_scale, args.crop_scale),
                             jitter_strength=args.jitter_strength)
+    augments = [augment1, augment2] + [augment_local] * args.local_views
     chance = math.log(args.out_dim)
 
     open_run(args)
     first_step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where to resume
     network = parallel(model, args.compile)  # DDP and SyncBN when there are several processes
-    augments = [augment1, augment2] + [augment_local] * args.local_views
     save_views(args, train_set, device, *augments)
     untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
                               calibrate=True)
@@ -454,7 +455,7 @@ def train(args):
         optimizer.zero_grad()
         loss.backward()
         clip_gradients(model.student.parameters(), args.clip_norm)
-        if step < args.freeze_epochs * steps_per_epoch:
+        if step < frozen_steps:
             # None, not 0: with 0 the optimizer would still apply momentum and weight decay
             model.student["head"].last_layer.weight.grad = None
         optimizer.step()
@@ -534,7 +535,7 @@ def parse_args(argv=None):
     add("--blur", type=float, help="fraction of the first global views that are blurred (second "
         "ones: times 0.1, local ones: times 0.5); paper: 1")
     add("--solarize2", type=float,
-        help="fraction of the second global views that are solarised; paper: 0.2")
+        help="fraction of the second global views that are solarized; paper: 0.2")
     add("--out-dim", type=int, help="classes, K; paper: 65536")
     add("--hidden-dim", type=int, help="width of the head; paper: 2048")
     add("--head-bn", action=BooleanOptionalAction, help="BN in the head; paper: no")
@@ -573,10 +574,10 @@ def parse_args(argv=None):
 # view's side, so that elongated images lose detail (cut them beforehand). From the official code:
 # the teacher's temperature rises by the step (official: by the epoch); blur is a true Gaussian
 # (official: PIL's); position embeddings are interpolated to exactly the size of the grid (official:
-# a tenth of a patch more); bfloat16 without gradient scaling (official: float16, whose logits are finer). As in its
-# default, the lengths of the last layer's weights stay 1; for ViT-S, its help advises to train them
-# (--norm_last_layer false). The survey's formula has two views, and neither temperatures nor a
-# center.
+# a tenth of a patch more); bfloat16 without gradient scaling (official: float16, whose logits are
+# finer). As in its default, the lengths of the last layer's weights stay 1; for ViT-S, its help
+# advises to train them (--norm_last_layer false). The survey's formula has two views, and neither
+# temperatures nor a center.
 
 if __name__ == "__main__":
     from common import main

@@ -1,13 +1,14 @@
 """Jigsaw: the nine tiles of an image are shuffled; in which order are they?
 
-Noroozi & Favaro, "Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles" (2016,
-arXiv 1603.09246). With --task relative: on which of its eight sides is this tile's neighbour?
+Noroozi and Favaro, "Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles"
+(2016, arXiv 1603.09246). With --task relative: on which of its eight sides is its neighbour?
 Doersch et al., "Unsupervised Visual Representation Learning by Context Prediction" (2015,
-arXiv 1505.05192). Survey family: context-based pretext task. What prevents collapse: the labels.
+arXiv 1505.05192).
+Survey family: context-based pretext task. What prevents collapse: the labels.
 
 An image is cut into 3 x 3 tiles, which are shuffled into one of a fixed set of orders. The backbone
 sees each tile by itself; a head that sees the features of all nine has to say which order it is. To
-know that an ear belongs above an eye, the backbone has to recognise the parts of objects.
+know that an ear belongs above an eye, the backbone has to recognize the parts of objects.
 
                     ┌─ tile ─ backbone ─ features ─ embed ─┐
         image ──────┼─ tile ─ backbone ─ features ─ embed ─┼─ concatenated ─ head ─ which order?
@@ -120,7 +121,7 @@ def solved(logits, labels):
 # --------------------------------------------------------------------------------- augmentation
 # An image is augmented, cut and shuffled. What would tell where a tile belongs, without any
 # knowledge of objects, is taken away: lines that go on in the next tile (by random gaps),
-# brightness that changes across the image (each tile is normalised by itself), the colored fringes
+# brightness that changes across the image (each tile is normalized by itself), the colored fringes
 # of lenses (some images lose their colors), and most of the grid of small JPEG files (crops are
 # resampled).
 
@@ -373,7 +374,7 @@ def parse_args(argv=None):
         "largest square; paper: 1")
     add("--gray", type=float, help="fraction of images that lose their colors; paper: 0.3")
     add("--invert", type=float, help="fraction of images that are inverted; paper: 0")
-    add("--tile-dim", type=int, help="length of a tile's embedding; the paper's code: 1024")
+    add("--tile-dim", type=int, help="length of a tile's embedding; the official code: 1024")
     add("--hidden-dim", type=int, help="width of the head's hidden layer; paper: 4096")
     return parse_with_recipe(parser, RECIPES, argv)
 
@@ -381,7 +382,7 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------- sources and departures
 
 # Sources. imagenet: vissl's ResNet-50 (its probe is better with 100 permutations than with 2000),
-# which has no hidden layer, normalises no tiles and does not decay BN. cifar: tiles in proportion,
+# which has no hidden layer, normalizes no tiles and does not decay BN. cifar: tiles in proportion,
 # not tuned. cpu: measured on CIFAR-10, at twice its size. demo: measured on the synthetic images.
 #
 # Departures from the papers: ResNets (paper: AlexNet); vissl's embedding and flips, and the hidden

@@ -8,7 +8,7 @@ raw pixels?
 Run    python linear_probe.py --checkpoint runs/simclr/backbone.pth --data folder
        Also for ResNets and ViTs of torchvision, timm, solo-learn and the methods' official code.
 
-Images are normalised by ImageNet's mean and std. (Some of timm's ViTs were trained with 0.5 for
+Images are normalized by ImageNet's mean and std. (Some of timm's ViTs were trained with 0.5 for
 both: their features are worse here. Wrap such a network in one that rescales its input.)
 
 Departure: papers train the probe by SGD on augmented views, and get up to one point more.
@@ -200,13 +200,12 @@ def linear_probe(train_features, train_labels, test_features, test_labels, path=
     """-> dict: probe (top-1 in percent), chosen (the penalty's strength, or `mlp_path`'s steps),
     held_out (for each of these, top-1 on a tenth of the training images, before the fit to all).
 
-    Features (N, C), N at least 2, are standardised first, as by MAE's BN without affine; labels
-    (N,) from 0.
+    Features (N, C), N at least 2, are standardized in place (those of a million images are
+    gigabytes), as by MAE's BN without affine; labels (N,) from 0.
     """
     variance, mean = torch.var_mean(train_features, 0, correction=0)
-    scale = (variance + 1e-6).rsqrt()
-    train_features = (train_features - mean) * scale
-    test_features = (test_features - mean) * scale
+    for features in train_features, test_features:
+        features.sub_(mean).mul_((variance + 1e-6).rsqrt())
     classes = int(train_labels.max()) + 1
     order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(0))
     held, rest = order.to(train_labels.device).tensor_split([max(1, len(order) // 10)])
@@ -270,7 +269,7 @@ def evaluate(backbone, untrained, train, test, image_size, device, labels=1.0, s
         say("Nothing to evaluate on: try linear_probe.py --neighbours, or --data of class folders.")
         return {}
     pixels = nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Flatten(),  # 16 × 16 scores above 32 × 32
-                           nn.BatchNorm1d(768, affine=False))  # standardises
+                           nn.BatchNorm1d(768, affine=False))  # standardizes
     paths = {"": linear_path}
     if mlp:
         paths[", MLP"] = mlp_path
@@ -295,7 +294,11 @@ def evaluate(backbone, untrained, train, test, image_size, device, labels=1.0, s
                 vote = knn(features, y, test_features, test_y)
                 for suffix, path in paths.items():
                     name = f"{kind} {stage}".strip() + suffix
-                    probe = linear_probe(features, y, test_features, test_y, path)
+                    if mlp:  # the other probe needs them as they are
+                        given = features.clone(), y, test_features.clone(), test_y
+                    else:
+                        given = features, y, test_features, test_y
+                    probe = linear_probe(*given, path)
                     report[name] = {"knn": vote, **probe}
                     say(f"kNN {vote:5.1f}  linear probe {probe['probe']:5.1f}  {name}")
         common.wait_for_all()

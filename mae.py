@@ -7,12 +7,12 @@ Survey family: generative, masked image modelling. What prevents collapse: the t
 The encoder, a ViT, gets a random quarter of an image's patches and nothing of the others, which
 also makes it cheap. A small decoder gets the encoder's tokens, each in its place, and one learned
 mask token in all other places. It predicts the pixels of the removed patches. So few patches are
-left that continuing lines and textures is not enough: one has to recognise what the image shows.
+left that continuing lines and textures is not enough: one has to recognize what the image shows.
 
                   ┌─ a quarter ── encoder ── tokens ──────┐
         patches ──┤               └─ used after training  ├─ decoder ─ prediction ─┐
                   │            mask token in empty places ┘                        ├─ squared error
-                  └─ the removed ones, each normalised ────────────────────────────┘
+                  └─ the removed ones, each normalized ────────────────────────────┘
 
 Run      python mae.py                          demonstration: synthetic images, CPU, minutes
          python mae.py --data path              a folder of images, or cifar10
@@ -266,7 +266,7 @@ def mae_loss(prediction, images, mask, patch_size, norm_pix=True):
 
 
 def simmim_loss(prediction, images, mask, patch_size):
-    """As mae_loss, but the mean absolute error, and of pixels that are not normalised by patch."""
+    """As mae_loss, but the mean absolute error, and of pixels that are not normalized by patch."""
     error = (prediction - patchify(images, patch_size)).abs().mean(2)
     return (error * mask).sum() / mask.sum()
 
@@ -438,7 +438,7 @@ def parse_args(argv=None):
     add("--mask-ratio", type=float, default=0.75,
         help="fraction of patches removed; paper: 0.75, SimMIM's 0.6")
     add("--norm-pix", action=BooleanOptionalAction, default=True,
-        help="predict pixels that are normalised in each patch; paper: yes")
+        help="predict pixels that are normalized in each patch; paper: yes")
     add("--decoder-dim", type=int, help="width of the decoder, 32 per head; paper: 512")
     add("--decoder-depth", type=int, help="blocks of the decoder; paper: 8")
     add("--crop-scale", type=float, help="smallest crop, fraction of the image's area; paper: 0.2")

@@ -24,7 +24,8 @@ Run      python moco.py                         demonstration: synthetic images,
          python moco.py --data path --recipe imagenet-v3-vit
          torchrun --nproc-per-node=8 moco.py --data path
          python linear_probe.py --checkpoint runs/moco/backbone.pth --heads 12     for vit_small
-Reuse    from moco import MoCo, MoCoV3, moco_loss, moco_v3_loss, make_vit   (with torchvision)
+Reuse    from moco import MoCo, MoCoV3, moco_loss, moco_v3_loss, make_vit
+                                                     (needs torch and torchvision only)
 """
 
 import copy
@@ -45,7 +46,7 @@ class MoCo(nn.Module):
 
     backbone: (B, 3, H, W) -> (B, feature_dim). Its BN layers are replaced by `GroupBatchNorm`.
     proj_layers: 1 in v1, 2 in v2. queue_size: in keys. bn_groups: the number of parts of a batch
-    that BN normalises separately.
+    that BN normalizes separately.
     """
 
     def __init__(self, backbone, feature_dim, proj_layers=2, proj_dim=128, queue_size=65536,
@@ -65,7 +66,7 @@ class MoCo(nn.Module):
 
     def forward(self, view1, view2):
         """Two (B, 3, H, W) -> the query of view1 and the key of view2, (B, D) each, of unit rows.
-        The target stays in training mode: it, too, normalises by the batch's statistics."""
+        The target stays in training mode: it, too, normalizes by the batch's statistics."""
         query = self.online(view1)
         with torch.no_grad():
             key = self.target(view2)
@@ -137,7 +138,7 @@ def without_dropout(network):
 
 
 class GroupBatchNorm(nn.BatchNorm2d):
-    """BN that normalises `groups` parts of the batch separately, as that many GPUs would, each of
+    """BN that normalizes `groups` parts of the batch separately, as that many GPUs would, each of
     at least two images. The running statistics follow the mean over the parts.
 
     norm: the nn.BatchNorm2d whose parameters and buffers it takes over.
@@ -173,7 +174,7 @@ class GroupBatchNorm(nn.BatchNorm2d):
 
 def replace_batch_norm(network, groups):
     """Replace each nn.BatchNorm2d in the network by a GroupBatchNorm of the same name and weights.
-    ValueError: the network has another kind of BN, which would normalise the batch as a whole."""
+    ValueError: the network has another kind of BN, which would normalize the batch as a whole."""
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if type(child) in (nn.BatchNorm2d, GroupBatchNorm):
@@ -185,7 +186,7 @@ def replace_batch_norm(network, groups):
 
 def shuffle_rows(view2):
     """Shuffled BN (v1, v2): returns this process's rows of the shuffled total batch, and the order.
-    Otherwise a query and its key would be normalised with the same other images, and the
+    Otherwise a query and its key would be normalized with the same other images, and the
     network could match them by these statistics, whatever the images show. Shuffling is worth 4
     points of kNN in the official CIFAR-10 notebook."""
     from common import gather, rank, world_size
@@ -225,7 +226,7 @@ def positions(dim, grid):
     return F.pad(places, (0, 0, 1, 0))[None].float()
 
 
-VITS = {  # width, layers, heads
+VITS = {  # dim, depth, num_heads
     "vit_micro": (128, 4, 2),
     "vit_small": (384, 12, 12),
     "vit_base": (768, 12, 12),
@@ -310,7 +311,7 @@ def positive_found(query, key, queue=None):
 def augment(images, aspect, version, image_size, crop_scale, blur, solarize):
     """The papers' augmentations: uint8 images (B, 3, S, S), resized to squares, and aspect (B,),
     their original width / height -> views (B, 3, image_size, image_size). In v3 the two views
-    differ in the fractions that are blurred and solarised (bright pixels inverted)."""
+    differ in the fractions that are blurred and solarized (bright pixels inverted)."""
     from common import (color_jitter, gaussian_blur, normalize, random_grayscale,
                         random_horizontal_flip, random_resized_crop, random_solarize)
 
@@ -460,7 +461,8 @@ def train(args):
         lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        ema_momentum = cosine_schedule(step, total_steps, 0, args.ema_momentum, last_ema_momentum)
+        ema_momentum = cosine_schedule(step, total_steps, 0, args.ema_momentum,
+                                       end=last_ema_momentum)
         view1 = augment1(images, aspect)
         view2 = augment2(images, aspect)
         ema_update(model.target, model.online, ema_momentum)
@@ -549,28 +551,31 @@ def parse_args(argv=None):
         help="weight of the old target, m, which in v3 rises to 1; paper: 0.999, v3 0.99")
     add("--queue-size", type=int, help="v1, v2: keys in the queue; paper: 65536")
     add("--bn-groups", type=int,
-        help="v1, v2: parts of the total batch that BN normalises separately; paper: 8 (GPUs)")
+        help="v1, v2: parts of the total batch that BN normalizes separately; paper: 8 (GPUs)")
     add("--hidden-dim", type=int, help="v3: width of projector and predictor; paper: 4096")
     add("--proj-dim", type=int, help="length of query and key; paper: 128, v3 256")
     add("--crop-scale", type=float,
         help="smallest crop, fraction of the image's area; paper: 0.2, with a ViT 0.08")
-    add("--blur1", type=float, help="fraction of views 1 that are blurred; paper: v2 0.5, v3 1")
-    add("--blur2", type=float, help="fraction of views 2 that are blurred; paper: v2 0.5, v3 0.1")
-    add("--solarize2", type=float, help="fraction of views 2 that are solarised; paper: v3 0.2")
+    add("--blur1", type=float, help="fraction of first views that are blurred; paper: v2 0.5, v3 1")
+    add("--blur2", type=float,
+        help="fraction of second views that are blurred; paper: v2 0.5, v3 0.1")
+    add("--solarize2", type=float,
+        help="fraction of second views that are solarized; paper: v3 0.2")
     args = parse_with_recipe(parser, RECIPES, argv)
 
     patch_size = choose_patch_size(args.image_size)
     if args.arch in VITS and args.image_size % patch_size != 0:
-        parser.error(f"--image-size {args.image_size}: no multiple of the patches' {patch_size}")
+        parser.error(f"--image-size {args.image_size}: no multiple of the patch size, {patch_size}")
     return args
 
 
 # ------------------------------------------------------------------------- sources and departures
 
 # Sources. imagenet: the papers and facebookresearch/moco and moco-v3. (v3: batch 4096 and EMA 0.99.
-# At 512 the same number of images gives 0.99^(1/8) = 0.9987.) cifar: the former's CIFAR-10
-# notebook, which mixes v1's projector and v2's jitter. demo: measured on the synthetic images. cpu:
-# not tuned. v3 on 32 pixels: solo-learn has --temperature 0.2 --proj-dim 256 --solarize2 0.2.
+# At 512 the same number of images gives 0.99^(1/8) = 0.9987.) cifar: moco's CIFAR-10
+# notebook, which mixes v1's projector and v2's jitter (here v2's projector). demo: measured on the
+# synthetic images. cpu: not tuned. v3 on 32 pixels: solo-learn has --version 3 --temperature 0.2
+# --proj-dim 256 --solarize2 0.2.
 #
 # Departures from the papers: the learning rate falls on a cosine per step (v1: to a tenth at epochs
 # 120 and 160 of 200; v2: per epoch). BN groups are parts of the total batch, whatever the number of

@@ -1,10 +1,11 @@
 """RotNet: by how many quarter turns was this image rotated?
 
 Gidaris et al., "Unsupervised Representation Learning by Predicting Image Rotations" (2018,
-arXiv 1803.07728). Survey family: context-based pretext task. What prevents collapse: the labels.
+arXiv 1803.07728).
+Survey family: context-based pretext task. What prevents collapse: the labels.
 
 Each image is shown at 0, 90, 180 and 270 degrees, and a classifier has to say which. To see which
-way is up, it has to recognise objects and to know how they usually stand, so the backbone learns
+way is up, it has to recognize objects and to know how they usually stand, so the backbone learns
 shapes. Images without an up-direction (from satellites or microscopes) teach it nothing.
 
                              ┌─ turned 0 times ─┐
@@ -12,8 +13,8 @@ shapes. Images without an up-direction (from satellites or microscopes) teach it
                              ├─ turned 2 times ─┤ (all four in the     └─ used after training
                              └─ turned 3 times ─┘  same batch)
 
-Run      python rotation.py                       demonstration: synthetic images, CPU, minutes
-         python rotation.py --data path           a folder of images, or cifar10
+Run      python rotation.py                     demonstration: synthetic images, CPU, minutes
+         python rotation.py --data path         a folder of images, or cifar10
          torchrun --nproc-per-node=8 rotation.py --data path
 Reuse    from rotation import RotNet, rotate_four, rotation_loss         (needs torch only)
 """
@@ -87,7 +88,7 @@ def augment(images, aspect, image_size, crop, invert):
     """uint8 images (B, 3, S, S), resized to squares, and aspect (B,), their original width / height
     -> views (B, 3, image_size, image_size), which are rotated afterwards.
 
-    crop: "shift" as in the authors' code for CIFAR, or "resized" as in theirs for ImageNet. invert:
+    crop: "shift" as in the official code for CIFAR, or "resized" as in theirs for ImageNet. invert:
     the fraction of views that are inverted (not in the paper). In the synthetic images light falls
     from above. Its direction alone would tell the rotation, if half of the views were not inverted.
     """
@@ -266,12 +267,12 @@ def parse_args(argv=None):
 
 # Sources. cifar: gidariss/FeatureLearningRotNet (rate 0.1 for 128 images; falls at epochs 60, 120
 # and 160), with a ResNet. imagenet: mmselfsup's ResNet-50 (rate 0.2 for 128 images; falls at epochs
-# 30 and 50; no Nesterov). The authors' code for AlexNet has 50 epochs of batch 192, rate 0.01, a
+# 30 and 50; no Nesterov). The official code for AlexNet has 50 epochs of batch 192, rate 0.01, a
 # tenth of it from epochs 15, 30 and 45 on, weight decay 5e-4, no warm-up. demo: measured on the
 # synthetic images. cpu: not tuned.
 #
 # Departures from the paper: ResNets (paper: NIN and AlexNet), with one linear layer on the pooled
-# features; pixels are normalised by ImageNet's mean and std on CIFAR, too; crops are taken from a
+# features; pixels are normalized by ImageNet's mean and std on CIFAR, too; crops are taken from a
 # square canvas of 8/7 of the view's side, so that elongated images lose detail (cut them
 # beforehand).
 #

@@ -378,11 +378,12 @@ OTHER_LOSSES = {"infonce": infonce_loss, "nce": nce_loss, "flatnce": flatnce_los
 # that repository, rate, decay and batch of lightly's CIFAR-10 benchmark. demo: measured on the
 # synthetic images. cpu: not tuned.
 #
-# Departures from the paper: pixels are normalised by ImageNet's mean and std (official: in [0, 1]);
+# Departures from the paper: pixels are normalized by ImageNet's mean and std (official: in [0, 1]);
 # small crops are bilinear (official: bicubic); crops are taken from a square canvas of 8/7 of the
-# view's side, so that elongated images lose detail (cut them beforehand); LARS keeps the rate
-# outside the momentum buffer; the loss is half the official one. In the official code only: a
-# residual block's last BN starts at 0.
+# view's side, so that elongated images lose detail (cut them beforehand); contrast is relative to
+# the mean gray (official: per channel), saturation is changed without HSV; blur reflects the border
+# (official: zeros); LARS keeps the rate outside the momentum buffer; the loss is half the official
+# one. In the official code only: a residual block's last BN starts at 0.
 
 if __name__ == "__main__":
     from common import main

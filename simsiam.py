@@ -1,7 +1,7 @@
 """SimSiam: from one view's vector, predict that of the other view, held constant by stop-gradient.
 
 Chen and He, "Exploring Simple Siamese Representation Learning" (2020, arXiv 2011.10566).
-Survey family: self-distillation, without negatives and without a momentum encoder. What prevents
+Survey family: self-distillation, without negatives and without a moving average. What prevents
 collapse: the stop-gradient, and the predictor on the side that gets the gradient.
 
 Each image is augmented twice. One encoder, that is, backbone and projector, maps both views to
@@ -228,7 +228,8 @@ def parse_args(argv=None):
     add("--proj-dim", type=int, help="length of z and p; paper: 2048")
     add("--pred-dim", type=int, help="hidden width of the predictor; paper: 512")
     add("--crop-scale", type=float, help="smallest crop, fraction of the image's area; paper: 0.2")
-    add("--jitter-strength", type=float, default=1.0, help="strength of the color jitter; paper: 1")
+    add("--jitter-strength", type=float, default=1.0,
+        help="strength of the color jitter, s; paper: 1")
     add("--blur", type=float, help="fraction of views that are blurred; paper: 0.5")
     return parse_with_recipe(parser, RECIPES, argv)
 

@@ -1,8 +1,9 @@
 """SwAV: from one view of an image, predict which cluster another view of it belongs to.
 
 Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments" (2020,
-arXiv 2006.09882). Survey family: clustering, with assignments computed in each batch. What prevents
-collapse: Sinkhorn-Knopp, which gives each cluster an equal share of the images.
+arXiv 2006.09882).
+Survey family: clustering, with assignments computed in each batch. What prevents collapse:
+Sinkhorn-Knopp, which gives each cluster an equal share of the images.
 
 Each image is cropped into two large and several small views (multi-crop), and each view is compared
 with K prototypes, the learned centers of the clusters. Sinkhorn-Knopp turns the scores of the large
@@ -55,7 +56,7 @@ class SwAV(nn.Module):
     def forward(self, views):
         """V views (B, 3, H, W) -> z (V, B, D), of unit length, and scores (V, B, K).
 
-        As in the authors' code, adjacent views of one size go through the backbone together, and
+        As in the official code, adjacent views of one size go through the backbone together, and
         all views through the projector together: what shares a pass shares BN statistics.
         """
         features = []
@@ -67,7 +68,7 @@ class SwAV(nn.Module):
 
     @torch.no_grad()
     def normalize_prototypes(self):
-        """Renormalise the prototypes to unit length. Call it before every forward pass."""
+        """Renormalize the prototypes to unit length. Call it before every forward pass."""
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
 
     @torch.no_grad()
@@ -103,7 +104,7 @@ def sinkhorn(scores, epsilon, iterations):
     without gradient.
 
     Codes are soft assignments of images to prototypes that use all prototypes equally, and that fit
-    the scores as well as this allows. With Q = codes / B, they maximise
+    the scores as well as this allows. With Q = codes / B, they maximize
 
         Σ_ij Q_ij · scores_ij + ε H(Q),   H the entropy, which makes them soft,
 
@@ -226,7 +227,7 @@ def cosine_schedule(step, total_steps, warmup_steps, base, end=0.0):
 
 
 def make_optimizer(name, model, weight_decay):
-    """As in the authors' code, biases and BN are decayed and adapted like all other parameters."""
+    """As in the official code, biases and BN are decayed and adapted like all other parameters."""
     if name == "lars":
         return LARS(model.parameters(), lr=0.0, weight_decay=weight_decay)
     return torch.optim.Adam(model.parameters(), lr=0.0, weight_decay=weight_decay)
@@ -410,9 +411,9 @@ def parse_args(argv=None):
 # demo: the best values measured on the synthetic images. cpu: for real images, not tuned.
 #
 # Departures from the paper: LARS for the authors' LARC, which divides by |g| + weight_decay · |w|
-# (LARS: |g + weight_decay · w|); a warm-up starts near 0 (authors' code: at 1/16 of the peak); no
+# (LARS: |g + weight_decay · w|); a warm-up starts near 0 (official code: at 1/16 of the peak); no
 # bias ahead of the projector's BN, which would cancel it; codes come from float32 scores (authors'
-# code: float16); blur is a true Gaussian (authors' code: PIL's three box filters); crops are taken
+# code: float16); blur is a true Gaussian (official code: PIL's three box filters); crops are taken
 # from a square canvas of 8/7 of the view's side, so that elongated images lose detail (cut them
 # beforehand).
 

@@ -285,7 +285,7 @@ def demonstrations(args):
 def two(args):
     """SyncBN, DistributedDataParallel and gather on CUDA; NCCL refuses two processes on one GPU, so
     they talk through gloo. The losses should be those of one process. (On a CPU BN is not
-    synchronised, and most differ.)"""
+    synchronized, and most differ.)"""
     commands = args.commands or ["simclr", "moco", "moco --version 3 --hidden-dim 32", "byol",
                                  "swav --queue-size 16", "barlow", "dino", "dino -a vit_micro",
                                  "jigsaw"]

@@ -1,4 +1,4 @@
-"""Batch normalisation over the processes of a CPU, which torch has for GPUs only: with it, N
+"""Batch normalization over the processes of a CPU, which torch has for GPUs only: with it, N
 processes equal one. Tests put `parallel` in the place of common.parallel."""
 
 import torch

@@ -15,7 +15,7 @@ from barlow import BarlowTwins, barlow_loss, correlate, health, vicreg_loss
 # --------------------------------------------------------------------------------------- losses
 
 
-def standardise(column):
+def standardize(column):
     mean = sum(column) / len(column)
     variance = sum((value - mean) ** 2 for value in column) / len(column)  # the biased one
     return [(value - mean) / (variance + 1e-5) ** 0.5 for value in column]
@@ -23,8 +23,8 @@ def standardise(column):
 
 def slow_barlow(z1, z2, off_diagonal_weight):
     """Equations 1 and 2, entry by entry."""
-    columns1 = [standardise(column) for column in z1.T]
-    columns2 = [standardise(column) for column in z2.T]
+    columns1 = [standardize(column) for column in z1.T]
+    columns2 = [standardize(column) for column in z2.T]
     total = 0.0
     for i, column1 in enumerate(columns1):
         for j, column2 in enumerate(columns2):

@@ -48,7 +48,7 @@ def test_targets_get_no_gradient():
 
 
 def test_loss_at_right_angles_and_at_extremes():
-    z = torch.eye(8) * 1e15  # the loss normalises
+    z = torch.eye(8) * 1e15  # the loss normalizes
     other = z.roll(1, 0)
     assert byol_loss(z, z, z, z).item() == pytest.approx(0, abs=1e-6)
     assert byol_loss(z, z, -z, -z).item() == pytest.approx(8)

@@ -22,7 +22,7 @@ DOUBLE = torch.float64
 
 
 def tiny_vit(image_size=8, patch_size=4, drop_path=0.0, dim=12, depth=3, num_heads=3):
-    """With random numbers in place of the zeros and ones of the initialisation."""
+    """With random numbers in place of the zeros and ones of the initialization."""
     vit = ViT(image_size, patch_size, dim, depth, num_heads, drop_path)
     for p in vit.parameters():
         nn.init.normal_(p, std=0.2)

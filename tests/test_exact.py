@@ -183,7 +183,7 @@ def sum_own(x):
 
 
 def leave(x):
-    """In place of what gathers rows, or synchronises the BN of a model."""
+    """In place of what gathers rows, or synchronizes the BN of a model."""
     return x
 
 
@@ -212,7 +212,7 @@ MUTATIONS = {  # -> method, flags, name of what is replaced, by what
     "local center": ("dino", VIT, "common.all_sum", sum_own),
     "clipping before the mean": ("dino", SOFT, "torch.nn.parallel.DistributedDataParallel",
                                  clip_before_mean),
-    "BN not synchronised": ("byol", [], "sync_bn.convert", leave),
+    "BN not synchronized": ("byol", [], "sync_bn.convert", leave),
     "BN statistics of the first": ("moco", [], "common.all_sum", sum_own),
     "equal draws": ("rotation", SHIFT, "common.uniform", draw_own),
     "equal masks": ("mae", [], "mae.random_masking", mask_own),
@@ -223,7 +223,7 @@ TORTURE = {  # what is replaced here is replaced above, too, in another method
     "local keys": ("moco", V3, "common.gather", leave),
     "local correlations": ("barlow", [], "common.gather", leave),
     "equal draws, jigsaw": ("jigsaw", [], "common.uniform", draw_own),
-    **{f"BN not synchronised, {method}": (method, flags, "sync_bn.convert", leave)
+    **{f"BN not synchronized, {method}": (method, flags, "sync_bn.convert", leave)
        for method, flags in (("simclr", []), ("moco", V3), ("simsiam", []), ("swav", []),
                              ("barlow", []), ("dino", SOFT), ("rotation", SHIFT), ("jigsaw", []))},
 }

@@ -127,7 +127,7 @@ def test_relative_task_is_eight_neighbours_of_the_middle():
                                          [4, 5], [4, 6], [4, 7], [4, 8]]
 
 
-# ---- tiles: with gaps, each normalised by itself, and put where the order says
+# ---- tiles: with gaps, each normalized by itself, and put where the order says
 
 
 @pytest.mark.parametrize("size, grid, tile_size", [

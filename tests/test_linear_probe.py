@@ -781,7 +781,7 @@ VIT_LAYOUTS = {  # name: the file, and what is not used
 @pytest.mark.parametrize("layout", VIT_LAYOUTS)
 @torch.no_grad()
 def test_a_vit_of_every_layout(layout, capsys):
-    """Heads, size and normalisation are assumed, and said; every weight is used or named."""
+    """Heads, size and normalization are assumed, and said; every weight is used or named."""
     file, unused = VIT_LAYOUTS[layout]
     backbone, untrained, size = load_backbone(saved(file))
     assert size == 32

@@ -58,7 +58,7 @@ def test_loss_at_chance():
 
 
 def test_loss_of_extreme_inputs():
-    z = 1e15 * torch.eye(8)  # the loss normalises
+    z = 1e15 * torch.eye(8)  # the loss normalizes
     assert simclr_loss(z, z, 0.01).item() == pytest.approx(0, abs=1e-6)
     assert simclr_loss(z, z.roll(1, 0), 1e-3).isfinite()
 

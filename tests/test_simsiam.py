@@ -47,7 +47,7 @@ def test_stop_gradient_is_inside_the_loss():
 
 
 def test_loss_at_right_angles_and_at_extremes():
-    z = torch.eye(8) * 1e15  # the loss normalises
+    z = torch.eye(8) * 1e15  # the loss normalizes
     other = z.roll(1, 0)
     assert simsiam_loss(z, z, z, z).item() == pytest.approx(-1)
     assert simsiam_loss(z, z, -z, -z).item() == pytest.approx(1)
