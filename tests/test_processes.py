@@ -227,3 +227,16 @@ def test_more_processes_than_test_images(class_folders, tmp_path):
     write_images(Path("images/val/dog"), 1)
     alone = read_and_evaluate(tmp_path)
     assert run_processes(3, read_and_evaluate, tmp_path) == [alone] * 3
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bfloat16_only_where_the_card_has_it(monkeypatch, supported):
+    def is_bf16_supported(including_emulation):
+        assert not including_emulation
+        return supported
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    asked = []
+    monkeypatch.setattr(torch, "autocast", lambda *args, enabled: asked.append((*args, enabled)))
+    common.autocast(torch.device("cuda"))
+    assert asked == [("cuda", torch.bfloat16, supported)]
