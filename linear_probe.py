@@ -260,6 +260,14 @@ def quick_knn(network, train, test, image_size, device, sizes=(2000, 500), calib
     return knn(*given, k=20)
 
 
+def read_out(features, labels, test_features, test_labels, path, name):
+    """Prints and returns the accuracies of kNN and of the probe of this path, as dict."""
+    vote = knn(features, labels, test_features, test_labels)
+    probe = linear_probe(features, labels, test_features, test_labels, path)
+    say(f"kNN {vote:5.1f}  linear probe {probe['probe']:5.1f}  {name}")
+    return {"knn": vote, **probe}
+
+
 def evaluate(backbone, untrained, train, test, image_size, device, labels=1.0, seed=0,
              layers=False, mlp=False):
     """Prints and returns {name: accuracies} of "trained" (`backbone`), "random" (`untrained`) and
@@ -270,9 +278,6 @@ def evaluate(backbone, untrained, train, test, image_size, device, labels=1.0, s
         return {}
     pixels = nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Flatten(),  # 16 × 16 scores above 32 × 32
                            nn.BatchNorm1d(768, affine=False))  # standardizes
-    paths = {"": linear_path}
-    if mlp:
-        paths[", MLP"] = mlp_path
     rows = labelled_rows(train, labels, seed)
     test_rows = labelled_rows(test, 1.0, seed)
     report = {}
@@ -289,18 +294,13 @@ def evaluate(backbone, untrained, train, test, image_size, device, labels=1.0, s
                                            f"test images, {kind}")
         if rank() == 0:
             for stage in stages:
+                name = f"{kind} {stage}".strip()
                 features = x.pop(0)  # popped, so that the memory of each stage is freed
                 test_features = test_x.pop(0)
-                vote = knn(features, y, test_features, test_y)
-                for suffix, path in paths.items():
-                    name = f"{kind} {stage}".strip() + suffix
-                    if mlp:  # the other probe needs them as they are
-                        given = features.clone(), y, test_features.clone(), test_y
-                    else:
-                        given = features, y, test_features, test_y
-                    probe = linear_probe(*given, path)
-                    report[name] = {"knn": vote, **probe}
-                    say(f"kNN {vote:5.1f}  linear probe {probe['probe']:5.1f}  {name}")
+                if mlp:  # of copies, since linear_probe standardizes in place
+                    report[f"{name}, MLP"] = read_out(features.clone(), y, test_features.clone(),
+                                                      test_y, mlp_path, f"{name}, MLP")
+                report[name] = read_out(features, y, test_features, test_y, linear_path, name)
         common.wait_for_all()
     if rank() == 0:
         chance = 100 * test_y.bincount().max() / len(test_y)

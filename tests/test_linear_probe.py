@@ -422,8 +422,8 @@ def test_report_with_an_mlp(networks, monkeypatch):
     monkeypatch.setattr(linear_probe, "mlp_path", ten_steps)
     images = bright_images([0, 1, 2] * 12)
     report = evaluate(*networks, images, images, 16, CPU, mlp=True)
-    assert list(report) == ["trained", "trained, MLP", "random", "random, MLP", "pixels",
-                            "pixels, MLP"]
+    assert list(report) == ["trained, MLP", "trained", "random, MLP", "random", "pixels, MLP",
+                            "pixels"]
     for name in "trained", "random", "pixels":
         assert report[f"{name}, MLP"]["knn"] == report[name]["knn"]
         assert list(report[f"{name}, MLP"]["held_out"]) == [10]
