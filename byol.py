@@ -237,8 +237,7 @@ def train(args):
     first_step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where to resume
     network = parallel(model, args.compile)  # DDP and SyncBN when there are several processes
     save_views(args, train_set, device, augment1, augment2)
-    untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
-                              calibrate=True)
+    untrained_knn = None  # measured when the first epoch ends
     started = saved_at = time.monotonic()
 
     for step, images, aspect in batches(train_set, args, first_step, device):  # seeds each step
@@ -263,6 +262,9 @@ def train(args):
                 spread=spread(gather(z1.float())))
         if epoch_ends:
             paused = time.monotonic()
+            if untrained_knn is None:
+                untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
+                                          calibrate=True)
             trained_knn = quick_knn(backbone, train_set, test_set, args.image_size, device)
             log_knn(args, done, total_steps, trained_knn, untrained_knn)
             started += time.monotonic() - paused  # images/s leave the kNN out

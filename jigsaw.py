@@ -295,8 +295,7 @@ def train(args):
     shown, aspect = examples(train_set, device)
     shown_tiles, shown_order = puzzles(shown, aspect)
     save_puzzles(f"{args.out}/views.png", shown, shown_tiles, model.orders[shown_order])
-    untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
-                              calibrate=True)
+    untrained_knn = None  # measured when the first epoch ends
     started = saved_at = time.monotonic()
 
     for step, images, aspect in batches(train_set, args, first_step, device):  # seeds each step
@@ -319,6 +318,9 @@ def train(args):
                 puzzles_solved=solved(logits, order))
         if epoch_ends:
             paused = time.monotonic()
+            if untrained_knn is None:
+                untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
+                                          calibrate=True)
             trained_knn = quick_knn(backbone, train_set, test_set, args.image_size, device,
                                     calibrate=True)  # its BN has statistics of tiles
             log_knn(args, done, total_steps, trained_knn, untrained_knn)
