@@ -260,10 +260,8 @@ def quick_knn(network, train, test, image_size, device, sizes=(2000, 500), calib
     return knn(*given, k=20)
 
 
-def read_out(features, labels, test_features, test_labels, path, name):
-    """Prints and returns the accuracies of kNN and of the probe of this path, as dict."""
-    vote = knn(features, labels, test_features, test_labels)
-    probe = linear_probe(features, labels, test_features, test_labels, path)
+def report_row(name, vote, probe):
+    """Prints and returns a row of the report: kNN's accuracy and what `linear_probe` has found."""
     say(f"kNN {vote:5.1f}  linear probe {probe['probe']:5.1f}  {name}")
     return {"knn": vote, **probe}
 
@@ -297,10 +295,13 @@ def evaluate(backbone, untrained, train, test, image_size, device, labels=1.0, s
                 name = f"{kind} {stage}".strip()
                 features = x.pop(0)  # popped, so that the memory of each stage is freed
                 test_features = test_x.pop(0)
-                if mlp:  # of copies, since linear_probe standardizes in place
-                    report[f"{name}, MLP"] = read_out(features.clone(), y, test_features.clone(),
-                                                      test_y, mlp_path, f"{name}, MLP")
-                report[name] = read_out(features, y, test_features, test_y, linear_path, name)
+                vote = knn(features, y, test_features, test_y)
+                if mlp:  # on copies, since linear_probe standardizes in place
+                    probe = linear_probe(features.clone(), y, test_features.clone(), test_y,
+                                         mlp_path)
+                    report[f"{name}, MLP"] = report_row(f"{name}, MLP", vote, probe)
+                probe = linear_probe(features, y, test_features, test_y)
+                report[name] = report_row(name, vote, probe)
         common.wait_for_all()
     if rank() == 0:
         chance = 100 * test_y.bincount().max() / len(test_y)

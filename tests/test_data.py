@@ -578,6 +578,19 @@ def test_a_streamed_set_is_not_decoded_before_the_first_step(monkeypatch):
     assert len(decoded) == 60 and len(opened) == 160
 
 
+def test_a_streamed_set_with_labels_is_not_decoded_before_the_first_step(monkeypatch):
+    """50 training and 40 test images are looked at, one of each class is in the picture; the
+    untrained network's kNN comes later."""
+    for folder, count in ("train/cat", 150), ("train/dog", 150), ("val/cat", 20), ("val/dog", 20):
+        write_images(Path("images", folder), count)
+    decoded = []
+    monkeypatch.setattr(common, "to_square", recorded(common.to_square, decoded))
+    monkeypatch.setattr(common, "batches", stop)
+    with pytest.raises(KeyboardInterrupt):
+        simclr.train(simclr.parse_args("--data images --memory 0 --device cpu".split()))
+    assert len(decoded) == 50 + 40 + 2
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_streaming_gives_the_same_images(workers):
     """And draws no random number."""
