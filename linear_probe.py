@@ -125,8 +125,7 @@ def calibrate_batch_norm(network, images, image_size, device, seed=0):
 @torch.no_grad()
 def knn(train_features, train_labels, test_features, test_labels, k=200, temperature=0.1):
     """Top-1 in percent of a vote among the k nearest training images by cosine similarity s, each
-    with weight exp(s / temperature) (Wu et al., 1805.01978; there 0.07). Features (N, C), labels
-    (N,)."""
+    with weight exp(s / temperature) (Wu et al., 1805.01978). Features (N, C), labels (N,)."""
     bank = F.normalize(train_features.float(), dim=1)  # in float16 the votes' sums overflow
     queries = F.normalize(test_features.float(), dim=1)
     k = min(k, len(bank))
