@@ -285,15 +285,15 @@ def train(args):
     optimizer = make_optimizer(model, args.weight_decay)
     make_view = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale,
                         gray=args.gray, invert=args.invert)
-    puzzles = partial(random_puzzles, make_view=make_view, orders=model.orders,
-                      tile_size=args.tile_size)
+    make_puzzles = partial(random_puzzles, make_view=make_view, orders=model.orders,
+                           tile_size=args.tile_size)
     chance = math.log(len(orders))
 
     open_run(args)
     first_step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where to resume
     network = parallel(model, args.compile)  # DDP and SyncBN when there are several processes
     shown, aspect = examples(train_set, device)
-    shown_tiles, shown_order = puzzles(shown, aspect)
+    shown_tiles, shown_order = make_puzzles(shown, aspect)
     save_puzzles(f"{args.out}/views.png", shown, shown_tiles, model.orders[shown_order])
     untrained_knn = None  # measured when the first epoch ends
     started = saved_at = time.monotonic()
@@ -303,7 +303,7 @@ def train(args):
                                args.lr_factor)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        tiles, order = puzzles(images, aspect)
+        tiles, order = make_puzzles(images, aspect)
         with autocast(device):
             logits = network(normalize_tiles(tiles))
         loss = jigsaw_loss(logits.float(), order)
