@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Barlow Twins: each dimension agrees between the views, and no two dimensions say the same thing.
 
 Zbontar et al., "Barlow Twins: Self-Supervised Learning via Redundancy Reduction" (2021,
@@ -26,6 +27,7 @@ Run      python barlow.py                       demonstration: synthetic images,
          torchrun --nproc-per-node=8 barlow.py --data path
 Reuse    from barlow import BarlowTwins, barlow_loss, vicreg_loss, LARS, cosine_schedule
          (needs torch only)
+         One step stands in `train`, from the learning rates to optimizer.step().
 """
 
 import copy
@@ -325,6 +327,8 @@ def parse_args(argv=None):
     from common import make_parser, parse_with_recipe
 
     parser = make_parser("barlow", __doc__, RECIPES)
+    parser.epilog = ("The log's `diagonal` should rise towards 1 and `off diagonal` fall; "
+                     "near 1, all dimensions say the same.")
     add = parser.add_argument
     add("--loss", choices=["barlow", "vicreg"], default="barlow", help="the loss of which paper")
     add("--lr-biases", type=float, help="peak learning rate of biases and BN, per 256 images; "

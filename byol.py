@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """BYOL: from one view, predict what a slow copy of the network makes of the other view.
 
 Grill et al., "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning" (2020,
@@ -22,6 +23,7 @@ Run      python byol.py                         demonstration: synthetic images,
          python byol.py --data path             a folder of images, or cifar10
          torchrun --nproc-per-node=8 byol.py --data path
 Reuse    from byol import BYOL, byol_loss, ema_update, LARS, cosine_schedule   (needs torch only)
+         One step stands in `train`: ema_update comes after optimizer.step().
 """
 
 import copy
@@ -299,6 +301,8 @@ def parse_args(argv=None):
     from common import make_parser, parse_with_recipe
 
     parser = make_parser("byol", __doc__, RECIPES)
+    parser.epilog = ("The log's `spread` should stay near 1: at 0 all images have the same "
+                     "embedding (collapse).")
     add = parser.add_argument
     add("--optimizer", choices=["sgd", "lars"], help="paper: lars")
     add("--ema-momentum", type=float, help="weight of the old target in the average, τ, at the "

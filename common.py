@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the ten method files share. Plain functions, in sections that can each be read alone:
 command line, processes, data, synthetic images, augmentation, backbones, the training run."""
 
@@ -43,19 +44,32 @@ def main(train, parse_args, argv=None):
     """Run `train(parse_args(argv))`. Exit status: 0; 1 after an error; 2 for wrong arguments
     (argparse's own); 130 after Ctrl-C. Errors other than `Failure` keep their traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack τ or odd file names
+    args = None
     try:
-        train(parse_args(argv))
+        args = parse_args(argv)
+        train(args)
     except Failure as error:
         leave(f"error: {error}", 1)
     except torch.OutOfMemoryError as error:
         leave(f"error: {error} Try smaller batches or images.", 1)
     except KeyboardInterrupt:
-        leave("stopped", 130)
+        leave(f"stopped{what_is_saved(args)}", 130)
     except Exception:
         leave(traceback.format_exc().rstrip(), 1)
     if dist.is_initialized():
         wait_for_all()
         dist.destroy_process_group()
+
+
+def what_is_saved(args):
+    """For the last line of a training run that was stopped: where --resume goes on."""
+    out = getattr(args, "out", None)
+    if out is None:  # before the run had a folder; or linear_probe.py, which has none
+        return ""
+    if not os.path.exists(f"{out}/checkpoint.pth"):
+        return f"; {out} holds no step yet: the first save comes after {SAVE_SECONDS} seconds"
+    step = read_file(f"{out}/checkpoint.pth")["step"]
+    return f"; {out} holds the run after {step} steps: --resume --out {out} goes on"
 
 
 def leave(message, status):

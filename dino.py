@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """DINO: a student predicts what its own moving average, the teacher, makes of other views.
 
 Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (2021, arXiv 2104.14294).
@@ -19,7 +20,10 @@ learns to predict the teacher's output for another one: it has to recognize the 
 Run      python dino.py                         demonstration: synthetic images, CPU, minutes
          python dino.py --data path             a folder of images, or cifar10
          torchrun --nproc-per-node=8 dino.py --data path
-Reuse    from dino import DINO, ViT, dino_loss, cosine_schedule           (needs torch only)
+Reuse    from dino import (DINO, ViT, cosine_schedule, clip_gradients, dino_loss, ema_update,
+                           update_center)                              (needs torch only)
+         One step stands in `train`. Its order: dino_loss, backward, clip_gradients,
+         optimizer.step, ema_update of the teacher, update_center with the teacher's mean.
 """
 
 import copy
@@ -518,6 +522,8 @@ def parse_args(argv=None):
     from common import NETWORKS, make_parser, parse_with_recipe
 
     parser = make_parser("dino", __doc__, RECIPES, f"{', '.join(VITS)}, {NETWORKS}")
+    parser.epilog = ("The log's `entropy` should stay clearly between 0 and ln K, and `kl` "
+                     "above 0: at either end, it has collapsed.")
     parser.set_defaults(weight_decay=0.04)  # the paper's, in all recipes
     add = parser.add_argument
     add("--patch-size", type=int, help="side of a ViT's patch, in pixels; paper: 16 or 8")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Linear probe: how good are a backbone's features, compared with the untrained network's and with
 raw pixels?
 
@@ -400,7 +401,7 @@ def backbone_weights(found, network):
 
 def build_resnet(weights, image_size, stem_padding):
     """-> the untrained ResNet of these names and shapes, the size of its images in pixels, and what
-    had to be assumed, in words."""
+    had to be assumed, in words. One block in each of three stages can only be resnet8."""
     width, _, kernel, _ = weights["conv1.weight"].shape
     block = Bottleneck if "layer1.0.conv3.weight" in weights else BasicBlock
     inner, _, _, _ = weights["layer1.0.conv1.weight"].shape
@@ -414,7 +415,8 @@ def build_resnet(weights, image_size, stem_padding):
         return common.ResNet(block, depths, width, "imagenet"), image_size or 224, ""
     if len(depths) == 3:
         network = common.ResNet(block, depths, width, "tiny")
-        return network, image_size or 32, "a first layer of stride 2, as resnet8's here"
+        assumed = "" if depths == [1, 1, 1] else "a first layer of stride 2, as resnet8's here"
+        return network, image_size or 32, assumed
     network = common.ResNet(block, depths, width, "cifar")
     network.conv1.padding = stem_padding, stem_padding
     assumed = f"a first layer of stride 1 and --stem-padding {stem_padding}"
@@ -497,10 +499,12 @@ def load_backbone(path, image_size=None, arch=None, stem_padding=1, heads=None, 
 
 
 def save_features(backbone, sets, image_size, device, path):
-    """One .npz: features (N, C), names, labels (-1: none) and classes, in the files' order."""
+    """One .npz: features (N, C), names, labels (-1: none), test (whether it is a test image) and
+    classes, in the files' order."""
     features = []
     labels = []
     names = []
+    is_test = []
     for images in sets:
         every = torch.arange(len(images))
         (x,), readable = extract_features(backbone, images, every, image_size, device,
@@ -509,6 +513,7 @@ def save_features(backbone, sets, image_size, device, path):
         features.append(x[readable].cpu())
         labels.append(images.labels[rows])
         names += [os.path.join(images.origin, str(images.names[row])) for row in rows.tolist()]
+        is_test += [images is not sets[0]] * len(rows)
     features = torch.cat(features).numpy()
     labels = torch.cat(labels).numpy()
     order = np.arange(len(names))
@@ -517,7 +522,8 @@ def save_features(backbone, sets, image_size, device, path):
     if rank() == 0:
         with open(path, "wb") as file:
             np.savez(file, features=features[order], names=np.array(names)[order],
-                     labels=labels[order], classes=np.array(sets[0].classes, str))
+                     labels=labels[order], test=np.array(is_test)[order],
+                     classes=np.array(sets[0].classes, str))
     say(f"{path}: {len(names):,} images, {features.shape[1]} features each")
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """MAE: remove three quarters of an image's patches, and let an autoencoder fill them in.
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners" (2021, arXiv 2111.06377). --objective
@@ -18,6 +19,7 @@ Run      python mae.py                          demonstration: synthetic images,
          python mae.py --data path              a folder of images, or cifar10
          torchrun --nproc-per-node=8 mae.py --data path
 Reuse    from mae import MAE, ViT, mae_loss, cosine_schedule              (needs torch only)
+         One step stands in `train`, from the learning rate to optimizer.step().
 """
 
 import copy
@@ -432,6 +434,7 @@ def parse_args(argv=None):
     from common import make_parser, parse_with_recipe
 
     parser = make_parser("mae", __doc__, RECIPES, ", ".join(VITS))
+    parser.epilog = "The log's `loss` should fall below `variance`, the loss of predicting 0."
     parser.set_defaults(weight_decay=0.05)  # the paper's, in all recipes
     add = parser.add_argument
     add("--patch-size", type=int, help="side of a patch, in pixels; paper: 16, vit_huge 14")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """MoCo: find the other view's key among a queue of keys, made by a slow average of the network.
 
 v1: He et al., "Momentum Contrast for Unsupervised Visual Representation Learning" (2019, arXiv
@@ -26,6 +27,7 @@ Run      python moco.py                         demonstration: synthetic images,
          python linear_probe.py --checkpoint runs/moco/backbone.pth --heads 12     for vit_small
 Reuse    from moco import MoCo, MoCoV3, moco_loss, moco_v3_loss, make_vit
                                                      (needs torch and torchvision only)
+         One step stands in `train`: ema_update before the forward pass, enqueue after the loss.
 """
 
 import copy
@@ -542,6 +544,8 @@ def parse_args(argv=None):
     from common import NETWORKS, make_parser, parse_with_recipe
 
     parser = make_parser("moco", __doc__, RECIPES, f"{', '.join(VITS)}, {NETWORKS}")
+    parser.epilog = ("The log's `positive found` falls while the queue fills, then should rise "
+                     "far above 1 / (--batch-size + --queue-size).")
     add = parser.add_argument
     add("--version", type=int, choices=[1, 2, 3], help="of MoCo: model, loss and augmentation; "
         "other flags stay as the recipe has them")

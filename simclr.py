@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """SimCLR: of all images in the batch, find the other view of the same image.
 
 Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations" (2020,
@@ -17,6 +18,7 @@ Run      python simclr.py                       demonstration: synthetic images,
          python simclr.py --data path           a folder of images, or cifar10
          torchrun --nproc-per-node=8 simclr.py --data path
 Reuse    from simclr import SimCLR, simclr_loss, LARS, cosine_schedule    (needs torch only)
+         One step stands in `train`, from the learning rate to optimizer.step().
 """
 
 import copy
@@ -262,6 +264,7 @@ def parse_args(argv=None):
     from common import make_parser, parse_with_recipe
 
     parser = make_parser("simclr", __doc__, RECIPES)
+    parser.epilog = "The log's `positive found` should rise far above 1 / --batch-size."
     add = parser.add_argument
     add("--loss", choices=["nt-xent", *OTHER_LOSSES], default="nt-xent", help="contrastive loss")
     add("--optimizer", choices=["sgd", "lars"], help="paper: lars")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """SimSiam: from one view's vector, predict that of the other view, held constant by stop-gradient.
 
 Chen and He, "Exploring Simple Siamese Representation Learning" (2020, arXiv 2011.10566).
@@ -19,6 +20,7 @@ Run      python simsiam.py                      demonstration: synthetic images,
          python simsiam.py --data path          a folder of images, or cifar10
          torchrun --nproc-per-node=8 simsiam.py --data path
 Reuse    from simsiam import SimSiam, simsiam_loss, cosine_schedule    (needs torch only)
+         One step stands in `train`: the predictor's learning rate is not decayed.
 """
 
 import copy
@@ -225,6 +227,8 @@ def parse_args(argv=None):
     from common import make_parser, parse_with_recipe
 
     parser = make_parser("simsiam", __doc__, RECIPES)
+    parser.epilog = ("The log's `spread` should stay near 1: at 0 all images have the same "
+                     "embedding (collapse).")
     add = parser.add_argument
     add("--proj-layers", type=int, help="layers of the projector; paper: 3, for CIFAR-10 2")
     add("--proj-dim", type=int, help="length of z and p; paper: 2048")

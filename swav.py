@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """SwAV: from one view of an image, predict which cluster another view of it belongs to.
 
 Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments" (2020,
@@ -20,6 +21,7 @@ Run      python swav.py                         demonstration: synthetic images,
          python swav.py --data path             a folder of images, or cifar10
          torchrun --nproc-per-node=8 swav.py --data path
 Reuse    from swav import SwAV, sinkhorn, swav_loss, LARS, cosine_schedule    (needs torch only)
+         One step stands in `train`: normalize_prototypes comes before each forward pass.
 """
 
 import copy
@@ -380,6 +382,8 @@ def parse_args(argv=None):
     from common import make_parser, parse_with_recipe
 
     parser = make_parser("swav", __doc__, RECIPES)
+    parser.epilog = ("The log's `code entropy` should stay clearly between 0 and 1, and the "
+                     "loss fall below ln K.")
     parser.set_defaults(weight_decay=1e-6)  # the paper's, in all recipes
     add = parser.add_argument
     add("--optimizer", choices=["lars", "adam"], help="paper: lars")

@@ -289,6 +289,16 @@ def test_ctrl_c(capsys):
     assert result == (130, "", "stopped\n")
 
 
+def test_ctrl_c_says_what_is_saved(capsys, tmp_path):
+    args = Namespace(out=str(tmp_path))
+    status, _, said = call(capsys, raised(KeyboardInterrupt()), lambda argv: args)
+    assert status == 130 and f"stopped; {tmp_path} holds no step yet" in said
+    torch.save({"step": 100}, tmp_path / "checkpoint.pth")
+    _, _, said = call(capsys, raised(KeyboardInterrupt()), lambda argv: args)
+    assert said == (f"stopped; {tmp_path} holds the run after 100 steps: --resume --out {tmp_path} "
+                    "goes on\n")
+
+
 def test_success(capsys):
     assert call(capsys, print, lambda argv: "done") == (0, "done\n", "")
 

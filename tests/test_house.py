@@ -59,7 +59,7 @@ def test_width(name):
 @pytest.mark.parametrize("method", METHODS)
 def test_order_of_a_method_file(method):
     text = source(method)
-    assert text.startswith('"""') and "arXiv" in text and "Survey family:" in text
+    assert text.startswith('# SPDX-License-Identifier: MIT\n"""') and "arXiv" in text and "Survey family:" in text
     places = [text.index(section) for section in SECTIONS]
     assert places == sorted(places)
 

@@ -129,6 +129,7 @@ def interrupted():
 
 def test_ctrl_c_on_a_terminal():
     assert status_of(interrupted) == 130
-    assert Path("stderr").read_text() == "stopped\n"
+    said = "stopped; run holds the run after 4 steps: --resume --out run goes on\n"
+    assert Path("stderr").read_text() == said
     resume("simclr")
     assert same(state(), undisturbed("simclr"))

@@ -596,10 +596,12 @@ def test_stem_padding_is_said_and_changes_the_features(capsys):
     assert not torch.allclose(plain.eval()(x), network(x), atol=1e-3)
 
 
-def test_what_is_assumed_of_three_stages_is_said(capsys):
-    """Others have such networks, too, with stride 1."""
-    load_backbone(saved(common.make_backbone("resnet8", 32).state_dict()))
+def test_what_is_assumed_of_three_stages_is_said_of_others_networks_alone(capsys):
+    """The deeper ones of others have three stages, too, and stride 1."""
+    load_backbone(saved(common.ResNet(BasicBlock, [3, 3, 3], 16, "tiny").state_dict()))
     assert "stride 2" in capsys.readouterr().out
+    load_backbone(saved(common.make_backbone("resnet8", 32).state_dict()))
+    assert "assuming" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arch, groups, width_per_group", [
@@ -986,6 +988,7 @@ def test_features_of_all_images_in_the_order_of_files(command, class_folders):
     assert names == sorted(names)
     assert classes == ["cat", "dog"]
     assert labels == [0] * 12 + [1] * 12 + [0] * 4 + [1] * 4
+    assert np.load("f.npz")["test"].tolist() == [False] * 24 + [True] * 8
     for i in 0, 17, 31:
         close(features[i], features_of_file(names[i]), 1e-4)
     assert "f.npz: 32 images, 128 features each" in out
@@ -1009,6 +1012,7 @@ def test_features_of_a_held_out_tenth_are_among_the_others(command):
     names, labels, _, _ = features_file()
     assert len(names) == 24 and names == sorted(names)
     assert labels == [0] * 12 + [1] * 12
+    assert np.load("f.npz")["test"].sum() == 3  # rounded, of 24
 
 
 def test_features_of_images_without_labels(command):
