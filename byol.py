@@ -203,6 +203,8 @@ def make_optimizer(name, model, weight_decay):
     if name == "lars":
         groups[1]["adapt"] = False
         return LARS(groups, lr=0.0, weight_decay=weight_decay)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay)
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=weight_decay)
 
 
@@ -265,29 +267,30 @@ def train(args):
         if epoch_ends:
             paused = time.monotonic()
             if untrained_knn is None:
-                untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
+                untrained_knn = quick_knn(untrained, train_set, test_set, args.eval_size, device,
                                           calibrate=True)
-            trained_knn = quick_knn(backbone, train_set, test_set, args.image_size, device)
+            trained_knn = quick_knn(backbone, train_set, test_set, args.eval_size, device)
             log_knn(args, done, total_steps, trained_knn, untrained_knn)
             started += time.monotonic() - paused  # images/s leave the kNN out
         if time.monotonic() - saved_at > SAVE_SECONDS:
             save_checkpoint(args, done, train_set, model, optimizer, backbone)
             saved_at = time.monotonic()
     save_checkpoint(args, total_steps, train_set, model, optimizer, backbone)
-    report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device)
+    report = evaluate(backbone, untrained, train_set, test_set, args.eval_size, device)
     write_log(args, {"step": total_steps, "report": report})
 
 
 RECIPES = {  # what differs between recipes; every other flag has a single default
     "recipe":          ("demo",     "cpu",      "cifar",     "imagenet"),
     "arch":            ("resnet8",  "resnet8",  "resnet18",  "resnet50"),
-    "image_size":      (32,         32,         32,          224),
+    "image_size":      (32,         24,         32,          224),
+    "eval_size":       (32,         32,         32,          224),
     "epochs":          (8,          20,         200,         100),
     "warmup_epochs":   (1,          1,          10,          10),
     "batch_size":      (32,         64,         512,         512),
-    "optimizer":       ("sgd",      "sgd",      "sgd",       "lars"),
-    "lr":              (0.8,        0.4,        0.03,        0.45),
-    "weight_decay":    (5e-4,       5e-4,       2e-3,        1e-6),
+    "optimizer":       ("sgd",      "adamw",    "sgd",       "lars"),
+    "lr":              (0.8,        4e-3,       0.03,        0.45),
+    "weight_decay":    (5e-4,       0.05,       2e-3,        1e-6),
     "ema_momentum":    (0.9,        0.98,       0.99,        0.9987),
     "hidden_dim":      (512,        512,        1024,        4096),
     "crop_scale":      (0.35,       0.2,        0.08,        0.08),
@@ -304,7 +307,8 @@ def parse_args(argv=None):
     parser.epilog = ("The log's `spread` should stay near 1: at 0 all images have the same "
                      "embedding (collapse).")
     add = parser.add_argument
-    add("--optimizer", choices=["sgd", "lars"], help="paper: lars")
+    add("--eval-size", type=int, help="side of the images in kNN and linear probe, in pixels")
+    add("--optimizer", choices=["sgd", "lars", "adamw"], help="paper: lars")
     add("--ema-momentum", type=float, help="weight of the old target in the average, τ, at the "
         "start; it rises to 1; paper: 0.99 for 100 or 300 epochs, 0.996 for 1000")
     add("--hidden-dim", type=int, help="width of projector and predictor; paper: 4096")

@@ -142,6 +142,8 @@ def parse_with_recipe(parser, recipes, argv=None):
         recipe = given.recipe or choose_recipe(given.data, given.device)
         column = recipes["recipe"].index(recipe)
         parser.set_defaults(**{name: row[column] for name, row in recipes.items()})
+    if given.image_size and "eval_size" in recipes:  # not the recipe's, which suits its views
+        parser.set_defaults(eval_size=given.image_size)
     if out and not given.resume and os.path.exists(f"{out}/log.jsonl"):
         raise Failure(f"--out {out} holds a run: add --resume, or choose another folder")
     parser.set_defaults(out=out)

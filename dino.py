@@ -474,9 +474,9 @@ def train(args):
         if epoch_ends:
             paused = time.monotonic()
             if untrained_knn is None:
-                untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
+                untrained_knn = quick_knn(untrained, train_set, test_set, args.eval_size, device,
                                           calibrate=True)
-            trained_knn = quick_knn(backbone, train_set, test_set, args.image_size, device)
+            trained_knn = quick_knn(backbone, train_set, test_set, args.eval_size, device)
             log_knn(args, done, total_steps, trained_knn, untrained_knn)
             started += time.monotonic() - paused  # images/s leave the kNN out
         if time.monotonic() - saved_at > SAVE_SECONDS:
@@ -485,7 +485,7 @@ def train(args):
     save_checkpoint(args, total_steps, train_set, model, optimizer, backbone)
     if args.arch in VITS:
         save_attention(args, backbone, train_set, device)
-    report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device)
+    report = evaluate(backbone, untrained, train_set, test_set, args.eval_size, device)
     write_log(args, {"step": total_steps, "report": report})
 
 
@@ -493,7 +493,8 @@ RECIPES = {  # what differs between recipes; every other flag has a single defau
     "recipe":                    ("demo",         "cpu",      "cifar",     "imagenet"),
     "arch":                      ("resnet8x0.5",  "resnet8",  "resnet18",  "vit_small"),
     "patch_size":                (4,              4,          4,           16),
-    "image_size":                (32,             32,         32,          224),
+    "image_size":                (32,             24,         32,          224),
+    "eval_size":                 (32,             32,         32,          224),
     "epochs":                    (8,              20,         200,         100),
     "warmup_epochs":             (1,              1,          10,          10),
     "batch_size":                (32,             64,         256,         512),
@@ -526,6 +527,7 @@ def parse_args(argv=None):
                      "above 0: at either end, it has collapsed.")
     parser.set_defaults(weight_decay=0.04)  # the paper's, in all recipes
     add = parser.add_argument
+    add("--eval-size", type=int, help="side of the images in kNN and linear probe, in pixels")
     add("--patch-size", type=int, help="side of a ViT's patch, in pixels; paper: 16 or 8")
     add("--optimizer", choices=["adamw", "sgd"], default="adamw",
         help="paper: adamw, for ResNets sgd")

@@ -468,7 +468,7 @@ def load_backbone(path, image_size=None, arch=None, stem_padding=1, heads=None, 
     assumed = ""
     if ours:
         args = checkpoint["args"]
-        image_size = image_size or args["image_size"]
+        image_size = image_size or args.get("eval_size") or args["image_size"]
         arch = arch or args["arch"]
         say(f"{path}: {checkpoint['method']} after {checkpoint['step']} steps")
     if network is None and arch and not arch.startswith(("resnet", "vit_")):

@@ -502,16 +502,16 @@ def train(args):
         if epoch_ends:
             paused = time.monotonic()
             if untrained_knn is None:
-                untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
+                untrained_knn = quick_knn(untrained, train_set, test_set, args.eval_size, device,
                                           calibrate=True)
-            trained_knn = quick_knn(backbone, train_set, test_set, args.image_size, device)
+            trained_knn = quick_knn(backbone, train_set, test_set, args.eval_size, device)
             log_knn(args, done, total_steps, trained_knn, untrained_knn)
             started += time.monotonic() - paused  # images/s leave the kNN out
         if time.monotonic() - saved_at > SAVE_SECONDS:
             save_checkpoint(args, done, train_set, model, optimizer, backbone)
             saved_at = time.monotonic()
     save_checkpoint(args, total_steps, train_set, model, optimizer, backbone)
-    report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device)
+    report = evaluate(backbone, untrained, train_set, test_set, args.eval_size, device)
     write_log(args, {"step": total_steps, "report": report})
 
 
@@ -520,7 +520,8 @@ RECIPES = {  # what differs between recipes; every other flag has a single defau
     "arch": ("resnet8", "resnet8", "resnet18", "resnet50", "resnet50", "resnet50", "vit_small"),
     #                  demo     cpu      cifar    imagenet -v1      -v3       -v3-vit
     "version":        (2,       2,       2,       2,       1,       3,        3),
-    "image_size":     (32,      32,      32,      224,     224,     224,      224),
+    "image_size":     (32,      24,      32,      224,     224,     224,      224),
+    "eval_size":      (32,      32,      32,      224,     224,     224,      224),
     "epochs":         (8,       20,      200,     200,     200,     100,      300),
     "warmup_epochs":  (0.5,     1,       0,       0,       0,       10,       40),
     "batch_size":     (32,      64,      512,     256,     256,     512,      512),
@@ -547,6 +548,7 @@ def parse_args(argv=None):
     parser.epilog = ("The log's `positive found` falls while the queue fills, then should rise "
                      "far above 1 / (--batch-size + --queue-size).")
     add = parser.add_argument
+    add("--eval-size", type=int, help="side of the images in kNN and linear probe, in pixels")
     add("--version", type=int, choices=[1, 2, 3], help="of MoCo: model, loss and augmentation; "
         "other flags stay as the recipe has them")
     add("--optimizer", choices=["sgd", "lars", "adamw"],
@@ -572,6 +574,8 @@ def parse_args(argv=None):
     patch_size = choose_patch_size(args.image_size)
     if args.arch in VITS and args.image_size % patch_size != 0:
         parser.error(f"--image-size {args.image_size}: no multiple of the patch size, {patch_size}")
+    if args.arch in VITS:
+        args.eval_size = args.image_size  # torchvision's ViT takes images of one size
     return args
 
 

@@ -166,6 +166,8 @@ def make_optimizer(name, model, weight_decay):
     if name == "lars":
         groups[1]["adapt"] = False
         return LARS(groups, lr=0.0, weight_decay=weight_decay)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay)
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=weight_decay)
 
 
@@ -229,23 +231,24 @@ def train(args):
         if epoch_ends:
             paused = time.monotonic()
             if untrained_knn is None:
-                untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
+                untrained_knn = quick_knn(untrained, train_set, test_set, args.eval_size, device,
                                           calibrate=True)
-            trained_knn = quick_knn(backbone, train_set, test_set, args.image_size, device)
+            trained_knn = quick_knn(backbone, train_set, test_set, args.eval_size, device)
             log_knn(args, done, total_steps, trained_knn, untrained_knn)
             started += time.monotonic() - paused  # images/s leave the kNN out
         if time.monotonic() - saved_at > SAVE_SECONDS:
             save_checkpoint(args, done, train_set, model, optimizer, backbone)
             saved_at = time.monotonic()
     save_checkpoint(args, total_steps, train_set, model, optimizer, backbone)
-    report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device)
+    report = evaluate(backbone, untrained, train_set, test_set, args.eval_size, device)
     write_log(args, {"step": total_steps, "report": report})
 
 
 RECIPES = {  # what differs between recipes; every other flag has a single default
     "recipe":          ("demo",     "cpu",      "cifar",     "imagenet"),
     "arch":            ("resnet8",  "resnet8",  "resnet18",  "resnet50"),
-    "image_size":      (32,         32,         32,          224),
+    "image_size":      (32,         24,         32,          224),
+    "eval_size":       (32,         32,         32,          224),
     "epochs":          (6,          20,         200,         100),
     "warmup_epochs":   (1,          1,          10,          10),
     "batch_size":      (32,         64,         512,         512),
@@ -266,8 +269,9 @@ def parse_args(argv=None):
     parser = make_parser("simclr", __doc__, RECIPES)
     parser.epilog = "The log's `positive found` should rise far above 1 / --batch-size."
     add = parser.add_argument
+    add("--eval-size", type=int, help="side of the images in kNN and linear probe, in pixels")
     add("--loss", choices=["nt-xent", *OTHER_LOSSES], default="nt-xent", help="contrastive loss")
-    add("--optimizer", choices=["sgd", "lars"], help="paper: lars")
+    add("--optimizer", choices=["sgd", "lars", "adamw"], help="paper: lars")
     add("--temperature", type=float, help="softmax temperature, τ; paper: 0.1")
     add("--proj-layers", type=int, default=2, help="layers of the projector; paper: 2, in v2 3")
     add("--proj-dim", type=int, help="length of z; paper: 128")

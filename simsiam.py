@@ -125,11 +125,13 @@ def cosine_schedule(step, total_steps, warmup_steps, base, end=0.0):
     return end + (base - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def make_optimizer(model, weight_decay):
+def make_optimizer(name, model, weight_decay):
     """Two groups, since their rates differ: encoder and predictor. Everything is decayed, biases
     and BN too."""
     encoder = [*model.backbone.parameters(), *model.projector.parameters()]
     groups = [{"params": encoder}, {"params": model.predictor.parameters()}]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay)
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=weight_decay)
 
 
@@ -155,7 +157,7 @@ def train(args):
         load_backbone(args.init, network=backbone)
     model = SimSiam(backbone, backbone.feature_dim, args.proj_dim, args.pred_dim, args.proj_layers)
     model.to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, args.weight_decay)
+    optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
     make_view = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale,
                         jitter_strength=args.jitter_strength, blur=args.blur)
     chance = 0.0
@@ -193,28 +195,30 @@ def train(args):
         if epoch_ends:
             paused = time.monotonic()
             if untrained_knn is None:
-                untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
+                untrained_knn = quick_knn(untrained, train_set, test_set, args.eval_size, device,
                                           calibrate=True)
-            trained_knn = quick_knn(backbone, train_set, test_set, args.image_size, device)
+            trained_knn = quick_knn(backbone, train_set, test_set, args.eval_size, device)
             log_knn(args, done, total_steps, trained_knn, untrained_knn)
             started += time.monotonic() - paused  # images/s leave the kNN out
         if time.monotonic() - saved_at > SAVE_SECONDS:
             save_checkpoint(args, done, train_set, model, optimizer, backbone)
             saved_at = time.monotonic()
     save_checkpoint(args, total_steps, train_set, model, optimizer, backbone)
-    report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device)
+    report = evaluate(backbone, untrained, train_set, test_set, args.eval_size, device)
     write_log(args, {"step": total_steps, "report": report})
 
 
 RECIPES = {  # what differs between recipes; every other flag has a single default
     "recipe":          ("demo",     "cpu",      "cifar",     "imagenet"),
     "arch":            ("resnet8",  "resnet8",  "resnet18",  "resnet50"),
-    "image_size":      (32,         32,         32,          224),
+    "image_size":      (32,         24,         32,          224),
+    "eval_size":       (32,         32,         32,          224),
     "epochs":          (7,          20,         800,         100),
     "warmup_epochs":   (1,          1,          0,           0),
     "batch_size":      (64,         64,         512,         512),
-    "lr":              (0.6,        0.3,        0.03,        0.05),
-    "weight_decay":    (5e-4,       5e-4,       5e-4,        1e-4),
+    "optimizer":       ("sgd",      "adamw",    "sgd",       "sgd"),
+    "lr":              (0.6,        4e-3,       0.03,        0.05),
+    "weight_decay":    (5e-4,       0.05,       5e-4,        1e-4),
     "proj_layers":     (2,          2,          2,           3),
     "proj_dim":        (512,        512,        2048,        2048),
     "pred_dim":        (128,        128,        512,         512),
@@ -230,6 +234,8 @@ def parse_args(argv=None):
     parser.epilog = ("The log's `spread` should stay near 1: at 0 all images have the same "
                      "embedding (collapse).")
     add = parser.add_argument
+    add("--eval-size", type=int, help="side of the images in kNN and linear probe, in pixels")
+    add("--optimizer", choices=["sgd", "adamw"], help="paper: sgd")
     add("--proj-layers", type=int, help="layers of the projector; paper: 3, for CIFAR-10 2")
     add("--proj-dim", type=int, help="length of z and p; paper: 2048")
     add("--pred-dim", type=int, help="hidden width of the predictor; paper: 512")

@@ -340,9 +340,9 @@ def train(args):
         if epoch_ends:
             paused = time.monotonic()
             if untrained_knn is None:
-                untrained_knn = quick_knn(untrained, train_set, test_set, args.image_size, device,
+                untrained_knn = quick_knn(untrained, train_set, test_set, args.eval_size, device,
                                           calibrate=True)
-            trained_knn = quick_knn(backbone, train_set, test_set, args.image_size, device)
+            trained_knn = quick_knn(backbone, train_set, test_set, args.eval_size, device)
             log_knn(args, done, total_steps, trained_knn, untrained_knn)
             started += time.monotonic() - paused  # images/s leave the kNN out
         if time.monotonic() - saved_at > SAVE_SECONDS:
@@ -350,14 +350,15 @@ def train(args):
             saved_at = time.monotonic()
     save_checkpoint(args, total_steps, train_set, model, optimizer, backbone)
     save_prototypes(args, model, train_set, device)
-    report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device)
+    report = evaluate(backbone, untrained, train_set, test_set, args.eval_size, device)
     write_log(args, {"step": total_steps, "report": report})
 
 
 RECIPES = {  # what differs between recipes; every other flag has a single default
     "recipe":           ("demo",     "cpu",      "cifar",     "imagenet"),
     "arch":             ("resnet8",  "resnet8",  "resnet18",  "resnet50"),
-    "image_size":       (32,         32,         32,          224),
+    "image_size":       (32,         24,         32,          224),
+    "eval_size":        (32,         32,         32,          224),
     "epochs":           (8,          20,         200,         200),
     "warmup_epochs":    (1,          1,          0,           0),
     "batch_size":       (128,        128,        512,         256),
@@ -386,6 +387,7 @@ def parse_args(argv=None):
                      "loss fall below ln K.")
     parser.set_defaults(weight_decay=1e-6)  # the paper's, in all recipes
     add = parser.add_argument
+    add("--eval-size", type=int, help="side of the images in kNN and linear probe, in pixels")
     add("--optimizer", choices=["lars", "adam"], help="paper: lars")
     add("--temperature", type=float, default=0.1, help="softmax temperature, τ; paper: 0.1")
     add("--epsilon", type=float, help="ε of Sinkhorn: the smaller, the sharper the codes; "

@@ -225,11 +225,15 @@ def test_weights_and_biases_have_learning_rates_of_their_own(run, monkeypatch):
     assert biases_rates == pytest.approx([value / 2 for value in schedule])
 
 
-def test_biases_and_bn_are_neither_decayed_nor_adapted():
+@pytest.mark.parametrize("name", ["lars", "adamw"])
+def test_biases_and_bn_are_neither_decayed_nor_adapted(name):
     model = BarlowTwins(common.make_backbone("resnet8", 32), 128, proj_dim=16)
-    weights, biases = barlow.make_optimizer(model, 0.1).param_groups
+    optimizer = barlow.make_optimizer(name, model, 0.1)
+    weights, biases = optimizer.param_groups
+    assert isinstance(optimizer, barlow.LARS if name == "lars" else torch.optim.AdamW)
     assert weights["weight_decay"] == 0.1 and biases["weight_decay"] == 0
-    assert weights["adapt"] and not biases["adapt"]
+    if name == "lars":
+        assert weights["adapt"] and not biases["adapt"]
     assert all(p.ndim > 1 for p in weights["params"])
     assert all(p.ndim == 1 for p in biases["params"])
     assert {*weights["params"], *biases["params"]} == {*model.parameters()}

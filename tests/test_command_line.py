@@ -130,6 +130,14 @@ def test_what_is_given_by_hand_wins():
     assert (args.lr, args.image_size, args.arch) == (3.0, 96, "resnet50")
 
 
+def test_side_of_evaluation_follows_the_views_that_are_given_by_hand():
+    flags = ["--data", "cifar10", "--recipe", "cpu"]
+    for given, sides in ([], (24, 32)), (["--image-size", "48"], (48, 48)), \
+            (["--image-size", "48", "--eval-size", "64"], (48, 64)), (["--eval-size", "64"], (24, 64)):
+        args = simclr.parse_args([*flags, *given])
+        assert (args.image_size, args.eval_size) == sides
+
+
 CHANGED = """--data images -a resnet34 --epochs 7 --warmup-epochs 2.5 -b 24 --lr 0.7 --wd 0.03
     --image-size 48 --max-images 99 --seed 5 --compile -p 3 --loss nce --optimizer lars
     --temperature 0.7 --proj-layers 3 --proj-dim 17 --crop-scale 0.3 --jitter-strength 0.9

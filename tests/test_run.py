@@ -62,6 +62,24 @@ def at_step(step, action):
     return with_action
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("mae", "rotation", "jigsaw")])
+def test_evaluation_has_a_side_of_its_own(method, monkeypatch):
+    """Views of 24 pixels, but kNN and report on images of 32."""
+    sides = []
+
+    def quick_knn(network, train, test, image_size, *args, **kwargs):
+        sides.append(image_size)
+
+    def evaluate(backbone, untrained, train, test, image_size, *args, **kwargs):
+        sides.append(image_size)
+
+    monkeypatch.setattr(linear_probe, "quick_knn", quick_knn)
+    monkeypatch.setattr(linear_probe, "evaluate", evaluate)
+    start(method, "--image-size", "24", "--eval-size", "32", "--epochs", "1")
+    assert sides == [32, 32, 32]  # untrained and trained, and the report
+    assert linear_probe.load_backbone("run/checkpoint.pth")[2] == 32
+
+
 def ctrl_c():
     raise KeyboardInterrupt
 

@@ -186,7 +186,7 @@ def test_lars_goes_on_from_its_state():
     assert torch.equal(w, resumed)
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd"])
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
 def test_biases_and_bn_are_neither_decayed_nor_adapted(name):
     model = SimCLR(common.make_backbone("resnet8", 32), 128)
     weights, others = simclr.make_optimizer(name, model, 0.1).param_groups
@@ -268,7 +268,7 @@ def test_each_block_starts_as_the_identity(class_folders, no_report, monkeypatch
 @pytest.mark.parametrize("recipe", ["demo", "cpu", "cifar"])
 def test_small_images_are_not_blurred_and_have_half_the_jitter(recipe):
     args = simclr.parse_args(["--recipe", recipe])
-    assert args.image_size == 32
+    assert args.image_size <= 32
     assert args.blur == 0 and args.jitter_strength == 0.5
 
 
