@@ -285,7 +285,7 @@ RECIPES = {  # what differs between recipes; every other flag has a single defau
     "arch":            ("resnet8",  "resnet8",  "resnet18",  "resnet50"),
     "image_size":      (32,         24,         32,          224),
     "eval_size":       (32,         32,         32,          224),
-    "epochs":          (8,          20,         200,         100),
+    "epochs":          (8,          15,         200,         100),
     "warmup_epochs":   (1,          1,          10,          10),
     "batch_size":      (32,         64,         512,         512),
     "optimizer":       ("sgd",      "adamw",    "sgd",       "lars"),

@@ -522,7 +522,7 @@ RECIPES = {  # what differs between recipes; every other flag has a single defau
     "version":        (2,       2,       2,       2,       1,       3,        3),
     "image_size":     (32,      24,      32,      224,     224,     224,      224),
     "eval_size":      (32,      32,      32,      224,     224,     224,      224),
-    "epochs":         (8,       20,      200,     200,     200,     100,      300),
+    "epochs":         (8,       15,      200,     200,     200,     100,      300),
     "warmup_epochs":  (0.5,     1,       0,       0,       0,       10,       40),
     "batch_size":     (32,      64,      512,     256,     256,     512,      512),
     "optimizer":      ("sgd",   "sgd",   "sgd",   "sgd",   "sgd",   "lars",   "adamw"),

@@ -213,7 +213,7 @@ RECIPES = {  # what differs between recipes; every other flag has a single defau
     "arch":            ("resnet8",  "resnet8",  "resnet18",  "resnet50"),
     "image_size":      (32,         24,         32,          224),
     "eval_size":       (32,         32,         32,          224),
-    "epochs":          (7,          20,         800,         100),
+    "epochs":          (7,          15,         800,         100),
     "warmup_epochs":   (1,          1,          0,           0),
     "batch_size":      (64,         64,         512,         512),
     "optimizer":       ("sgd",      "adamw",    "sgd",       "sgd"),

@@ -359,7 +359,7 @@ RECIPES = {  # what differs between recipes; every other flag has a single defau
     "arch":             ("resnet8",  "resnet8",  "resnet18",  "resnet50"),
     "image_size":       (32,         24,         32,          224),
     "eval_size":        (32,         32,         32,          224),
-    "epochs":           (8,          20,         200,         200),
+    "epochs":           (8,          15,         200,         200),
     "warmup_epochs":    (1,          1,          0,           0),
     "batch_size":       (128,        128,        512,         256),
     "optimizer":        ("adam",     "adam",     "adam",      "lars"),

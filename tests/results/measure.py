@@ -109,11 +109,20 @@ SUBSET = "--data cifar10 --recipe demo --max-images 10000"
 WHOLE = "--data cifar10 --recipe cpu"
 TILES = f"jigsaw.py {WHOLE} --image-size 32 --tile-size 8"
 EARLIER = "--epochs 5 --warmup-epochs 0.5 --batch-size 64 --lr 0.48"  # the demonstration's, then
+# The column cpu before it was tuned, in flags.
+STANDARD = {"simclr": "--image-size 32 --epochs 20 --lr 0.24",
+            "moco": "--image-size 32 --epochs 20",
+            "byol": "--image-size 32 --epochs 20 --optimizer sgd --lr 0.4 --wd 5e-4",
+            "simsiam": "--image-size 32 --epochs 20 --optimizer sgd --lr 0.3 --wd 5e-4",
+            "swav": "--image-size 32 --epochs 20",
+            "barlow": "--image-size 32 --epochs 20 --optimizer lars --lr 6 --lr-biases 0.05 --wd 1e-4",
+            "dino": "--image-size 32 --epochs 20 --local-size 16"}
 RUNS = {
     "demo": [(f"{m}-{seed}", f"{m}.py --seed {seed}") for seed in range(3) for m in METHODS],
     "idle": [(f"{m}-idle", f"{m}.py --seed 0") for m in METHODS],  # one at a time, for the minutes
     "cifar": [(f"{m}-cifar-{seed}", f"{m}.py {WHOLE} --seed {seed}") for seed in range(3)
               for m in METHODS],
+    "standard": [(f"{m}-standard-0", f"{m}.py {WHOLE} {STANDARD[m]} --seed 0") for m in STANDARD],
     "unseen": [(f"{m}-{seed}", f"{m}.py --seed {seed}") for seed in UNSEEN for m in METHODS],
     "losses": [(f"loss-{loss}{suffix}", f"simclr.py {flags}{EARLIER} --loss {loss} --seed 0")
                for suffix, flags in (("", ""), ("-cifar", f"{SUBSET} ")) for loss in LOSSES],
