@@ -115,7 +115,7 @@ STANDARD = {"simclr": "--image-size 32 --epochs 20 --lr 0.24",
             "byol": "--image-size 32 --epochs 20 --optimizer sgd --lr 0.4 --wd 5e-4",
             "simsiam": "--image-size 32 --epochs 20 --optimizer sgd --lr 0.3 --wd 5e-4",
             "swav": "--image-size 32 --epochs 20",
-            "barlow": "--image-size 32 --epochs 20 --optimizer lars --lr 6 --lr-biases 0.05 --wd 1e-4",
+            "barlow": "--image-size 32 --epochs 20",
             "dino": "--image-size 32 --epochs 20 --local-size 16"}
 RUNS = {
     "demo": [(f"{m}-{seed}", f"{m}.py --seed {seed}") for seed in range(3) for m in METHODS],
