@@ -27,7 +27,7 @@ Run      python barlow.py                       demonstration: synthetic images,
          torchrun --nproc-per-node=8 barlow.py --data path
 Reuse    from barlow import BarlowTwins, barlow_loss, vicreg_loss, LARS, cosine_schedule
          (needs torch only)
-         One step stands in `train`, from the learning rates to optimizer.step().
+         `train` shows one step, from the learning rates to optimizer.step().
 """
 
 import copy
@@ -328,10 +328,9 @@ def parse_args(argv=None):
     from common import make_parser, parse_with_recipe
 
     parser = make_parser("barlow", __doc__, RECIPES)
-    parser.epilog = ("The log's `diagonal` should rise towards 1 and `off diagonal` fall; "
-                     "near 1, all dimensions say the same.")
+    parser.epilog = ("The log's `diagonal` should rise towards 1. `off diagonal` rises at first, "
+                     "then falls: near 1, all dimensions say the same. VICReg: `std` about 1.")
     add = parser.add_argument
-    add("--eval-size", type=int, help="side of the images in kNN and linear probe, in pixels")
     add("--loss", choices=["barlow", "vicreg"], default="barlow", help="the loss of which paper")
     add("--lr-biases", type=float, help="peak learning rate of biases and BN, per 256 images; "
         "--lr is that of the weights; papers: 0.0048, vicreg 0.2")

@@ -23,7 +23,7 @@ Run      python byol.py                         demonstration: synthetic images,
          python byol.py --data path             a folder of images, or cifar10
          torchrun --nproc-per-node=8 byol.py --data path
 Reuse    from byol import BYOL, byol_loss, ema_update, LARS, cosine_schedule   (needs torch only)
-         One step stands in `train`: ema_update comes after optimizer.step().
+         `train` shows one step; ema_update comes after optimizer.step().
 """
 
 import copy
@@ -304,10 +304,9 @@ def parse_args(argv=None):
     from common import make_parser, parse_with_recipe
 
     parser = make_parser("byol", __doc__, RECIPES)
-    parser.epilog = ("The log's `spread` should stay near 1: at 0 all images have the same "
-                     "embedding (collapse).")
+    parser.epilog = ("The log's `spread` should stay steady, between 0.7 and 1: at 0 all images "
+                     "have the same embedding (collapse).")
     add = parser.add_argument
-    add("--eval-size", type=int, help="side of the images in kNN and linear probe, in pixels")
     add("--optimizer", choices=["sgd", "lars", "adamw"], help="paper: lars")
     add("--ema-momentum", type=float, help="weight of the old target in the average, τ, at the "
         "start; it rises to 1; paper: 0.99 for 100 or 300 epochs, 0.996 for 1000")

@@ -62,14 +62,17 @@ def main(train, parse_args, argv=None):
 
 
 def what_is_saved(args):
-    """For the last line of a training run that was stopped: where --resume goes on."""
+    """How the last line of a stopped run ends: where --resume goes on."""
     out = getattr(args, "out", None)
-    if out is None:  # before the run had a folder; or linear_probe.py, which has none
+    if out is None or rank() > 0:  # out: linear_probe.py has none
         return ""
-    if not os.path.exists(f"{out}/checkpoint.pth"):
-        return f"; {out} holds no step yet: the first save comes after {SAVE_SECONDS} seconds"
-    step = read_file(f"{out}/checkpoint.pth")["step"]
-    return f"; {out} holds the run after {step} steps: --resume --out {out} goes on"
+    path = f"{out}/checkpoint.pth"
+    if not os.path.exists(path):
+        return f"; nothing is saved yet: the first save comes after {SAVE_SECONDS} seconds"
+    with suppress(Exception):  # whatever is wrong with the file, the run has been stopped
+        step = torch.load(path, mmap=True, weights_only=True)["step"]
+        return f"; {out} holds the run after {step} steps: --resume --out {out} goes on"
+    return ""
 
 
 def leave(message, status):
@@ -107,6 +110,9 @@ def make_parser(method, doc, recipes, networks=NETWORKS):
     add("--lr", type=float, help="peak learning rate, per 256 images")
     add("--wd", "--weight-decay", type=float, dest="weight_decay", help="weight decay")
     add_data_flags(parser)
+    if "eval_size" in recipes:
+        add("--eval-size", type=int, help="side of the images in kNN and linear probe, in pixels; "
+            "of a ViT: --image-size")
     add("--compile", action="store_true", help="torch.compile the model")
     add("-p", "--print-freq", type=int, default=20, help="steps per log line")
     return parser
@@ -137,13 +143,15 @@ def parse_with_recipe(parser, recipes, argv=None):
     if given.resume and out is None:
         out = latest_run(given.method)
     if given.resume and os.path.exists(f"{out}/checkpoint.pth"):
-        parser.set_defaults(**read_run(out, given.method)["args"])
+        defaults = read_run(out, given.method)["args"]
+        defaults.setdefault("eval_size", defaults["image_size"])  # of a run without the flag
     else:
         recipe = given.recipe or choose_recipe(given.data, given.device)
         column = recipes["recipe"].index(recipe)
-        parser.set_defaults(**{name: row[column] for name, row in recipes.items()})
-    if given.image_size and "eval_size" in recipes:  # not the recipe's, which suits its views
-        parser.set_defaults(eval_size=given.image_size)
+        defaults = {name: row[column] for name, row in recipes.items()}
+        if given.image_size and "eval_size" in recipes:
+            defaults["eval_size"] = given.image_size  # the recipe's goes with the recipe's views
+    parser.set_defaults(**defaults)
     if out and not given.resume and os.path.exists(f"{out}/log.jsonl"):
         raise Failure(f"--out {out} holds a run: add --resume, or choose another folder")
     parser.set_defaults(out=out)
@@ -642,7 +650,8 @@ def load_data(args, device):
                 for images in sets]
     median, unread = median_side(sets[0])
     sets[0].left_out += unread
-    side = min(max(args.image_size * 8 // 7, 64), median)
+    eval_size = getattr(args, "eval_size", None) or args.image_size
+    side = min(max(args.image_size * 8 // 7, eval_size * 8 // 7, 64), median)
     if median != args.image_size:
         say(f"images of {median} pixels, seen at {args.image_size}")
     for images in sets:

@@ -22,7 +22,7 @@ Run      python dino.py                         demonstration: synthetic images,
          torchrun --nproc-per-node=8 dino.py --data path
 Reuse    from dino import (DINO, ViT, cosine_schedule, clip_gradients, dino_loss, ema_update,
                            update_center)                              (needs torch only)
-         One step stands in `train`. Its order: dino_loss, backward, clip_gradients,
+         `train` shows one step. Its order: dino_loss, backward, clip_gradients,
          optimizer.step, ema_update of the teacher, update_center with the teacher's mean.
 """
 
@@ -524,10 +524,9 @@ def parse_args(argv=None):
 
     parser = make_parser("dino", __doc__, RECIPES, f"{', '.join(VITS)}, {NETWORKS}")
     parser.epilog = ("The log's `entropy` should stay clearly between 0 and ln K, and `kl` "
-                     "above 0: at either end, it has collapsed.")
+                     "above 0; else it has collapsed.")
     parser.set_defaults(weight_decay=0.04)  # the paper's, in all recipes
     add = parser.add_argument
-    add("--eval-size", type=int, help="side of the images in kNN and linear probe, in pixels")
     add("--patch-size", type=int, help="side of a ViT's patch, in pixels; paper: 16 or 8")
     add("--optimizer", choices=["adamw", "sgd"], default="adamw",
         help="paper: adamw, for ResNets sgd")
@@ -566,6 +565,8 @@ def parse_args(argv=None):
     for flag, size in ("--image-size", args.image_size), ("--local-size", args.local_size):
         if args.arch in VITS and size % args.patch_size != 0:
             parser.error(f"{flag} {size} is no multiple of --patch-size {args.patch_size}")
+    if args.arch in VITS:
+        args.eval_size = args.image_size  # for which its positions are
     return args
 
 

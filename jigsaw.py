@@ -21,7 +21,7 @@ Run      python jigsaw.py                       demonstration: synthetic images,
          torchrun --nproc-per-node=8 jigsaw.py --data path
 Reuse    from jigsaw import Jigsaw, permutation_set, cut_tiles, shuffle, normalize_tiles
          from jigsaw import jigsaw_loss         (needs torch only)
-         One step stands in `train`, from the learning rate to optimizer.step().
+         `train` shows one step, from the learning rate to optimizer.step().
 """
 
 import copy
@@ -365,8 +365,8 @@ def parse_args(argv=None):
     from common import make_parser, parse_with_recipe
 
     parser = make_parser("jigsaw", __doc__, RECIPES)
-    parser.epilog = ("The log's `puzzles solved` should rise above 1 / --permutations; near 1 "
-                     "in the first epochs, it shows a shortcut.")
+    parser.epilog = ("The log's `puzzles solved` should rise above 1 / --permutations (relative: "
+                     "1/8); near 1 in the first epochs, it shows a shortcut.")
     add = parser.add_argument
     add("--lr-drops", type=float, nargs="*", help="fractions of the training at which the rate "
         "falls")

@@ -401,7 +401,7 @@ def backbone_weights(found, network):
 
 def build_resnet(weights, image_size, stem_padding):
     """-> the untrained ResNet of these names and shapes, the size of its images in pixels, and what
-    had to be assumed, in words. One block in each of three stages can only be resnet8."""
+    had to be assumed, in words."""
     width, _, kernel, _ = weights["conv1.weight"].shape
     block = Bottleneck if "layer1.0.conv3.weight" in weights else BasicBlock
     inner, _, _, _ = weights["layer1.0.conv1.weight"].shape
@@ -415,8 +415,10 @@ def build_resnet(weights, image_size, stem_padding):
         return common.ResNet(block, depths, width, "imagenet"), image_size or 224, ""
     if len(depths) == 3:
         network = common.ResNet(block, depths, width, "tiny")
-        assumed = "" if depths == [1, 1, 1] else "a first layer of stride 2, as resnet8's here"
-        return network, image_size or 32, assumed
+        has_output_layer = any(re.match(OUTPUT_LAYERS, name) for name in weights)
+        if depths == [1, 1, 1] and not has_output_layer:  # as backbone.pth of resnet8 here
+            return network, image_size or 32, ""
+        return network, image_size or 32, "a first layer of stride 2, as resnet8's here"
     network = common.ResNet(block, depths, width, "cifar")
     network.conv1.padding = stem_padding, stem_padding
     assumed = f"a first layer of stride 1 and --stem-padding {stem_padding}"

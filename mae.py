@@ -19,7 +19,7 @@ Run      python mae.py                          demonstration: synthetic images,
          python mae.py --data path              a folder of images, or cifar10
          torchrun --nproc-per-node=8 mae.py --data path
 Reuse    from mae import MAE, ViT, mae_loss, cosine_schedule              (needs torch only)
-         One step stands in `train`, from the learning rate to optimizer.step().
+         `train` shows one step, from the learning rate to optimizer.step().
 """
 
 import copy

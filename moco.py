@@ -25,9 +25,10 @@ Run      python moco.py                         demonstration: synthetic images,
          python moco.py --data path --recipe imagenet-v3-vit
          torchrun --nproc-per-node=8 moco.py --data path
          python linear_probe.py --checkpoint runs/moco/backbone.pth --heads 12     for vit_small
-Reuse    from moco import MoCo, MoCoV3, moco_loss, moco_v3_loss, make_vit
+Reuse    from moco import MoCo, MoCoV3, ema_update, moco_loss, moco_v3_loss, make_vit
                                                      (needs torch and torchvision only)
-         One step stands in `train`: ema_update before the forward pass, enqueue after the loss.
+         `train` shows one step. Its order: ema_update, forward, moco_loss, backward,
+         optimizer.step, enqueue.
 """
 
 import copy
@@ -546,9 +547,8 @@ def parse_args(argv=None):
 
     parser = make_parser("moco", __doc__, RECIPES, f"{', '.join(VITS)}, {NETWORKS}")
     parser.epilog = ("The log's `positive found` falls while the queue fills, then should rise "
-                     "far above 1 / (--batch-size + --queue-size).")
+                     "far above 1 / (--batch-size + --queue-size). Version 3 has no queue.")
     add = parser.add_argument
-    add("--eval-size", type=int, help="side of the images in kNN and linear probe, in pixels")
     add("--version", type=int, choices=[1, 2, 3], help="of MoCo: model, loss and augmentation; "
         "other flags stay as the recipe has them")
     add("--optimizer", choices=["sgd", "lars", "adamw"],
@@ -575,7 +575,7 @@ def parse_args(argv=None):
     if args.arch in VITS and args.image_size % patch_size != 0:
         parser.error(f"--image-size {args.image_size}: no multiple of the patch size, {patch_size}")
     if args.arch in VITS:
-        args.eval_size = args.image_size  # torchvision's ViT takes images of one size
+        args.eval_size = args.image_size  # for which its positions are
     return args
 
 

@@ -18,7 +18,7 @@ Run      python rotation.py                     demonstration: synthetic images,
          python rotation.py --data path         a folder of images, or cifar10
          torchrun --nproc-per-node=8 rotation.py --data path
 Reuse    from rotation import RotNet, rotate_four, rotation_loss         (needs torch only)
-         One step stands in `train`, from the learning rate to optimizer.step().
+         `train` shows one step, from the learning rate to optimizer.step().
 """
 
 import copy

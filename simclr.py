@@ -18,7 +18,7 @@ Run      python simclr.py                       demonstration: synthetic images,
          python simclr.py --data path           a folder of images, or cifar10
          torchrun --nproc-per-node=8 simclr.py --data path
 Reuse    from simclr import SimCLR, simclr_loss, LARS, cosine_schedule    (needs torch only)
-         One step stands in `train`, from the learning rate to optimizer.step().
+         `train` shows one step, from the learning rate to optimizer.step().
 """
 
 import copy
@@ -269,7 +269,6 @@ def parse_args(argv=None):
     parser = make_parser("simclr", __doc__, RECIPES)
     parser.epilog = "The log's `positive found` should rise far above 1 / --batch-size."
     add = parser.add_argument
-    add("--eval-size", type=int, help="side of the images in kNN and linear probe, in pixels")
     add("--loss", choices=["nt-xent", *OTHER_LOSSES], default="nt-xent", help="contrastive loss")
     add("--optimizer", choices=["sgd", "lars", "adamw"], help="paper: lars")
     add("--temperature", type=float, help="softmax temperature, τ; paper: 0.1")

@@ -20,7 +20,7 @@ Run      python simsiam.py                      demonstration: synthetic images,
          python simsiam.py --data path          a folder of images, or cifar10
          torchrun --nproc-per-node=8 simsiam.py --data path
 Reuse    from simsiam import SimSiam, simsiam_loss, cosine_schedule    (needs torch only)
-         One step stands in `train`: the predictor's learning rate is not decayed.
+         `train` shows one step, in which the predictor's learning rate stays constant.
 """
 
 import copy
@@ -234,7 +234,6 @@ def parse_args(argv=None):
     parser.epilog = ("The log's `spread` should stay near 1: at 0 all images have the same "
                      "embedding (collapse).")
     add = parser.add_argument
-    add("--eval-size", type=int, help="side of the images in kNN and linear probe, in pixels")
     add("--optimizer", choices=["sgd", "adamw"], help="paper: sgd")
     add("--proj-layers", type=int, help="layers of the projector; paper: 3, for CIFAR-10 2")
     add("--proj-dim", type=int, help="length of z and p; paper: 2048")

@@ -21,7 +21,7 @@ Run      python swav.py                         demonstration: synthetic images,
          python swav.py --data path             a folder of images, or cifar10
          torchrun --nproc-per-node=8 swav.py --data path
 Reuse    from swav import SwAV, sinkhorn, swav_loss, LARS, cosine_schedule    (needs torch only)
-         One step stands in `train`: normalize_prototypes comes before each forward pass.
+         `train` shows one step; normalize_prototypes comes before each forward pass.
 """
 
 import copy
@@ -387,7 +387,6 @@ def parse_args(argv=None):
                      "loss fall below ln K.")
     parser.set_defaults(weight_decay=1e-6)  # the paper's, in all recipes
     add = parser.add_argument
-    add("--eval-size", type=int, help="side of the images in kNN and linear probe, in pixels")
     add("--optimizer", choices=["lars", "adam"], help="paper: lars")
     add("--temperature", type=float, default=0.1, help="softmax temperature, τ; paper: 0.1")
     add("--epsilon", type=float, help="ε of Sinkhorn: the smaller, the sharper the codes; "

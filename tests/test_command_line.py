@@ -132,10 +132,28 @@ def test_what_is_given_by_hand_wins():
 
 def test_side_of_evaluation_follows_the_views_that_are_given_by_hand():
     flags = ["--data", "cifar10", "--recipe", "cpu"]
-    for given, sides in ([], (24, 32)), (["--image-size", "48"], (48, 48)), \
-            (["--image-size", "48", "--eval-size", "64"], (48, 64)), (["--eval-size", "64"], (24, 64)):
-        args = simclr.parse_args([*flags, *given])
+    for given, sides in (("", (24, 32)), ("--image-size 48", (48, 48)), ("--eval-size 64", (24, 64)),
+                         ("--image-size 48 --eval-size 64", (48, 64))):
+        args = simclr.parse_args([*flags, *given.split()])
         assert (args.image_size, args.eval_size) == sides
+
+
+def test_side_of_evaluation_of_a_resumed_run(tmp_path):
+    saved = {"image_size": 24, "eval_size": 32}
+    for given, sides in ("", (24, 32)), ("--image-size 24", (24, 32)), ("--eval-size 24", (24, 24)):
+        torch.save({"method": "simclr", "args": saved}, tmp_path / "checkpoint.pth")
+        args = simclr.parse_args(["--resume", "--out", str(tmp_path), *given.split()])
+        assert (args.image_size, args.eval_size) == sides
+    torch.save({"method": "simclr", "args": {"image_size": 24}}, tmp_path / "checkpoint.pth")
+    assert simclr.parse_args(["--resume", "--out", str(tmp_path)]).eval_size == 24
+
+
+@pytest.mark.parametrize("method", ["moco", "dino"])
+def test_side_of_evaluation_of_a_vit_is_that_of_its_views(method):
+    module = importlib.import_module(method)
+    flags = ["--recipe", "cpu", "--data", "cifar10", "--eval-size", "32"]
+    assert module.parse_args(flags).eval_size == 32
+    assert module.parse_args([*flags, "-a", "vit_small"]).eval_size == 24
 
 
 CHANGED = """--data images -a resnet34 --epochs 7 --warmup-epochs 2.5 -b 24 --lr 0.7 --wd 0.03
@@ -300,7 +318,9 @@ def test_ctrl_c(capsys):
 def test_ctrl_c_says_what_is_saved(capsys, tmp_path):
     args = Namespace(out=str(tmp_path))
     status, _, said = call(capsys, raised(KeyboardInterrupt()), lambda argv: args)
-    assert status == 130 and f"stopped; {tmp_path} holds no step yet" in said
+    assert status == 130 and "stopped; nothing is saved yet" in said
+    (tmp_path / "checkpoint.pth").write_bytes(b"damaged")
+    assert call(capsys, raised(KeyboardInterrupt()), lambda argv: args) == (130, "", "stopped\n")
     torch.save({"step": 100}, tmp_path / "checkpoint.pth")
     _, _, said = call(capsys, raised(KeyboardInterrupt()), lambda argv: args)
     assert said == (f"stopped; {tmp_path} holds the run after 100 steps: --resume --out {tmp_path} "

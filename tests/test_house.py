@@ -56,10 +56,15 @@ def test_width(name):
     assert max(len(line) for line in source(name).splitlines()) <= 100
 
 
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_license_travels_with_a_copy(name):
+    assert source(name).startswith('# SPDX-License-Identifier: MIT\n"""')
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_order_of_a_method_file(method):
     text = source(method)
-    assert text.startswith('# SPDX-License-Identifier: MIT\n"""') and "arXiv" in text and "Survey family:" in text
+    assert "arXiv" in text and "Survey family:" in text
     places = [text.index(section) for section in SECTIONS]
     assert places == sorted(places)
 

@@ -126,10 +126,9 @@ def test_readmes_network_of_timm():
     timm = pytest.importorskip("timm")
     import simclr
 
-    lines = re.findall("`(backbone = timm.*?)`, and `(feature_dim=.*?)`", README)
-    ((make, width),) = lines
+    ((make, width),) = re.findall("`(backbone = timm.*?)`, and\n`(feature_dim=.*?)`", README)
     images = torch.rand(2, 3, 32, 32)
-    names = {"timm": timm, "images": images, "SimCLR": simclr.SimCLR}
+    names = {"timm": timm, "torch": torch, "SimCLR": simclr.SimCLR}
     exec(f"{make}\nmodel = SimCLR(backbone, {width})", names)
     assert names["model"](images, images)[0].shape == (2, 128)
 
@@ -215,11 +214,11 @@ def test_tables_of_a_few_runs(tmp_path):
     assert tables["ablation"][2].endswith("| spread | 0.500 → 0.500 | 60.0 → 60.0 | 70.0 → 30.0 |")
     assert "| `infonce` | 60.0 | 65.0 |  |  |" in tables["losses"]
     assert tables["unseen"][2:] == [
-        "| SimSiam | 60.0, 60.0, 60.0 | 30.0, 30.0, 30.0 | 70.0, 70.0, 70.0 | 40.0, 40.0, 40.0 | "
+        "| SimSiam | 60.0, 60.0, 60.0 | 70.0, 70.0, 70.0 | 30.0, 30.0, 30.0 | 40.0, 40.0, 40.0 | "
         "1 of 1 |",
-        "| MAE, best stage | 50.0, 50.0, 50.0 | 10.0, 10.0, 10.0 | 81.0, 81.0, 81.0 | 20.0, 20.0, 20.0 | "
-        "1 of 1 |",
-        "| Rotation | 60.0, 60.0, 60.0 | 30.0, 30.0, 30.0 | 49.0, 50.0, 51.0 | 40.0, 40.0, 40.0 | "
+        "| MAE, best stage | 50.0, 50.0, 50.0 | 81.0, 81.0, 81.0 | 10.0, 10.0, 10.0 | "
+        "20.0, 20.0, 20.0 | 1 of 1 |",
+        "| Rotation | 60.0, 60.0, 60.0 | 49.0, 50.0, 51.0 | 30.0, 30.0, 30.0 | 40.0, 40.0, 40.0 | "
         "1 of 2 |"]
     assert ("| simclr-0 | `python simclr.py` | 60.0 | 70.0 | 30.0, 40.0 | 20.0, 25.0 |  | H100 |"
             in tables["runs"])
@@ -227,6 +226,20 @@ def test_tables_of_a_few_runs(tmp_path):
     assert measure.score(runs, "rotation") == "probe 75.0 (untrained 40.0)"
     runs["mae-0"] = runs["rotation-0"]
     assert measure.score(runs, "mae").startswith("kNN of the best stage 50.0 (untrained ")
+
+
+def test_goal_of_a_demonstration():
+    """One and a half times the random network's kNN, and the pixels'; of MAE, without the pixels'.
+    """
+    def run(random, pixels, suffix=""):
+        return {"report": {f"trained{suffix}": {"knn": 40.0, "held_out": {"1": 50.0}},
+                           f"random{suffix}": {"knn": random}, "pixels": {"knn": pixels}}}
+
+    assert measure.meets_goal(run(20.0, 20.0), "simclr")
+    assert not measure.meets_goal(run(30.0, 20.0), "simclr")
+    assert not measure.meets_goal(run(20.0, 30.0), "simclr")
+    assert measure.meets_goal(run(20.0, 30.0, " blocks.1"), "mae")
+    assert not measure.meets_goal(run(30.0, 20.0, " blocks.1"), "mae")
 
 
 def test_rewrite_changes_only_what_is_between_markers(tmp_path):

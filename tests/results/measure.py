@@ -3,6 +3,7 @@
     python tests/results/measure.py demo --jobs 2                 what is missing of a group of runs
     python tests/results/measure.py cifar --data PATH --jobs 2
     python tests/results/measure.py table                         then the tables, from all logs
+    python tests/results/measure.py picture --data PATH           and the README's picture
 
 PATH is CIFAR-10: a folder with train/ and test/, or cifar10, which torchvision downloads. A run is
 done when tests/results/<name>/log.jsonl ends with a report; run.json beside it has its command,
@@ -21,6 +22,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -70,6 +72,8 @@ def no_sinkhorn(swav):
 ABLATIONS = {
     "simclr-no-jitter": ("--jitter-strength 0", "positive_found",
                          "without color jitter, do colors alone find the other view?"),
+    "simclr-high-rate": ("--lr 5 --warmup-epochs 0", "positive_found",
+                         "with 40 times the rate and no warm-up, does it still learn?"),
     "moco-one-bn-group": ("--bn-groups 1", "positive_found",
                           "in one BN batch, which shuffling cannot mix, do statistics leak?"),
     "byol-no-predictor": (no_predictor, "spread", "is it the predictor that prevents collapse?"),
@@ -241,6 +245,45 @@ def measure(args):
     return 1 if failed else 0
 
 
+# --------------------------------------------------------------------------------------- picture
+
+
+def picture(args):
+    """neighbours.png from the finished run simclr-cifar-0: test images and two views of each, and
+    their nearest test images by the trained and by the untrained network."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+    from PIL import Image
+
+    import common
+    import linear_probe
+    import simclr
+
+    device = torch.device("cpu")
+    torch.manual_seed(0)
+    backbone, untrained, size = linear_probe.load_backbone(args.out / "simclr-cifar-0/backbone.pth")
+    recipe = simclr.parse_args(["--data", args.data, "--recipe", "cpu"])
+    train, test = common.load_data(recipe, device)
+    linear_probe.calibrate_batch_norm(untrained, train, size, device)
+    make_view = partial(simclr.augment, image_size=size, crop_scale=recipe.crop_scale,
+                        jitter_strength=recipe.jitter_strength, blur=recipe.blur)
+    with tempfile.TemporaryDirectory() as folder:
+        recipe.out = folder
+        common.save_views(recipe, test, device, make_view, make_view)
+        linear_probe.save_neighbours(backbone.eval(), test, size, device, f"{folder}/trained.png")
+        linear_probe.save_neighbours(untrained.eval(), test, size, device, f"{folder}/random.png")
+        parts = [Image.open(f"{folder}/{name}.png").reduce(2)
+                 for name in ("views", "trained", "random")]
+        gap = 20  # pixels
+        width = sum(part.width for part in parts) + gap * (len(parts) - 1)
+        page = Image.new("RGB", (width, parts[0].height), "white")
+        left = 0
+        for part in parts:
+            page.paste(part, (left, 0))
+            left += part.width + gap
+        page.save(args.results / "neighbours.png", optimize=True)
+
+
 # ---------------------------------------------------------------------------------------- tables
 
 
@@ -323,7 +366,7 @@ def unseen_table(runs):
         if not own:
             continue
         cells = []
-        for key, name in itertools.product(("knn", "probe"), ("trained", "random")):
+        for name, key in itertools.product(("trained", "random"), ("knn", "probe")):
             values = [features(run, method, name)[key] for run in own]
             cells.append(f"{min(values):.1f}, {statistics.median(values):.1f}, {max(values):.1f}")
         met = sum(meets_goal(run, method) for run in own)
@@ -331,7 +374,7 @@ def unseen_table(runs):
         if "stage" in READOUT.get(method, ""):
             name += ", best stage"
         rows.append([name, *cells, f"{met} of {len(own)}"])
-    return table("method|kNN: least, median, greatest|random: kNN|probe|random: probe|"
+    return table("method|kNN: lowest, median, highest|probe|random: kNN|random: probe|"
                  "meet the goal", rows)
 
 
@@ -419,7 +462,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("group", choices=[*RUNS, "table"])
+    add("group", choices=[*RUNS, "table", "picture"])
     add("--data", default="cifar10", help="where CIFAR-10 is (torchvision's)")
     add("--jobs", type=int, default=1, help="runs at a time, which share the cores and the GPU (1)")
     add("--only", default="", metavar="NAME", help="of one method, or the run of this name")
@@ -433,6 +476,8 @@ def main():
     if sys.argv[1:2] == ["ablate"]:
         return ablate(sys.argv[2], sys.argv[3:])
     args = parse_args()
+    if args.group == "picture":
+        return picture(args)
     if args.group != "table":
         return measure(args)
     runs = read_runs(args.results)
