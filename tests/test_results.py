@@ -99,6 +99,9 @@ def test_readmes_quick_start_is_a_run_that_is_kept():
     run = measure.read_log(RESULTS / "simclr-idle")
     for name, row in run["report"].items():
         assert f"kNN {row['knn']:5.1f}  linear probe {row['probe']:5.1f}  {name}\n" in README
+    shown = re.findall(r"^kNN so far ([\d.]+) \(untrained ([\d.]+)\)$", README, re.M)
+    logged = [line for line in run["lines"] if "knn" in line]
+    assert shown == [(f"{line['knn']:.1f}", f"{line['untrained']:.1f}") for line in logged]
     last = [line for line in run["lines"] if "loss" in line][-1]
     assert f"step {last['step']}/{last['step']}  loss {last['loss']:.4f} (chance" in README
     assert f"  lr {last['lr']:.3g}  {last['images_per_s']} images/s" in README
