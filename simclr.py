@@ -166,8 +166,6 @@ def make_optimizer(name, model, weight_decay):
     if name == "lars":
         groups[1]["adapt"] = False
         return LARS(groups, lr=0.0, weight_decay=weight_decay)
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay)
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=weight_decay)
 
 
@@ -270,7 +268,7 @@ def parse_args(argv=None):
     parser.epilog = "The log's `positive found` should rise far above 1 / --batch-size."
     add = parser.add_argument
     add("--loss", choices=["nt-xent", *OTHER_LOSSES], default="nt-xent", help="contrastive loss")
-    add("--optimizer", choices=["sgd", "lars", "adamw"], help="paper: lars")
+    add("--optimizer", choices=["sgd", "lars"], help="paper: lars")
     add("--temperature", type=float, help="softmax temperature, τ; paper: 0.1")
     add("--proj-layers", type=int, default=2, help="layers of the projector; paper: 2, in v2 3")
     add("--proj-dim", type=int, help="length of z; paper: 128")
