@@ -460,7 +460,8 @@ def parse_args(argv=None):
 
 # Sources. imagenet: the paper and facebookresearch/mae (batch there 4096). cifar: widths and depths
 # of IcarusWizard/MAE (there patches of 2 pixels, 3 heads in the decoder, learned positions); the
-# rest is ours and not measured. demo: measured on the synthetic images. cpu: not tuned.
+# rest is ours and not measured. demo: measured on the synthetic images. cpu:
+# standard values.
 #
 # Departures from the paper: crops of small images are bilinear (official: bicubic everywhere);
 # crops are taken from a square canvas of 8/7 of the view's side, so that elongated images lose

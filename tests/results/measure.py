@@ -126,7 +126,9 @@ RUNS = {
     "idle": [(f"{m}-idle", f"{m}.py --seed 0") for m in METHODS],  # one at a time, for the minutes
     "cifar": [(f"{m}-cifar-{seed}", f"{m}.py {WHOLE} --seed {seed}") for seed in range(3)
               for m in METHODS],
-    "standard": [(f"{m}-standard-0", f"{m}.py {WHOLE} {STANDARD[m]} --seed 0") for m in STANDARD],
+    "standard": [*((f"{m}-standard-0", f"{m}.py {WHOLE} {flags} --seed 0")
+                   for m, flags in STANDARD.items()),
+                 ("moco-standard-1", f"moco.py {WHOLE} {STANDARD['moco']} --seed 1")],
     "unseen": [(f"{m}-{seed}", f"{m}.py --seed {seed}") for seed in UNSEEN for m in METHODS],
     "losses": [(f"loss-{loss}{suffix}", f"simclr.py {flags}{EARLIER} --loss {loss} --seed 0")
                for suffix, flags in (("", ""), ("-cifar", f"{SUBSET} ")) for loss in LOSSES],
@@ -390,6 +392,15 @@ def score(runs, method):
     return f"{what} {trained} (untrained {random})"
 
 
+def standard_table(runs):
+    rows = []
+    for method in STANDARD:
+        pair = [runs.get(f"{method}-standard-0"), runs.get(f"{method}-cifar-0")]
+        if all(pair):
+            rows.append([METHODS[method], *accuracy(pair[:1]), *accuracy(pair[1:])])
+    return table("method|standard values: kNN|probe|the recipe: kNN|probe", rows)
+
+
 def loss_table(runs):
     rows = []
     for loss in LOSSES:
@@ -432,6 +443,7 @@ def runs_table(runs):
 
 
 TABLES = {"demo": group_table, "unseen": unseen_table, "cifar": partial(group_table, suffix="-cifar"),
+          "standard": standard_table,
           "losses": loss_table, "ablation": ablation_table, "runs": runs_table}
 
 
