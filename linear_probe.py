@@ -8,11 +8,15 @@ raw pixels?
 
 Run    python linear_probe.py --checkpoint runs/simclr/backbone.pth --data folder
        Also for ResNets and ViTs of torchvision, timm, solo-learn and the methods' official code.
+       --finetune classifier.pth: train all layers with labels, too, and keep the classifier
 
 Images are normalized by ImageNet's mean and std. (Some of timm's ViTs were trained with 0.5 for
 both: their features are worse here. Wrap such a network in one that rescales its input.)
 
-Departure: papers train the probe by SGD on augmented views, and get up to one point more.
+Departures: papers train the probe by SGD on augmented views, and get up to one point more. In
+fine-tuning, they have recipes for each method and network. MAE's, of 100 epochs for a ViT-B, adds
+mixup, CutMix, RandAugment, random erasing, label smoothing, stochastic depth, smaller rates for
+earlier layers, and the mean over the patches in place of the class token.
 """
 
 import argparse
@@ -438,7 +442,19 @@ def build_vit(weights, image_size, heads):
     depth = len({name.split(".")[2] for name in weights if name.startswith("encoder.layers.")})
     network = VisionTransformer(image_size, patch_size, depth, heads, dim, 4 * dim)
     network.heads = nn.Identity()
+    network.feature_dim = dim
     return network, image_size, assumed
+
+
+@torch.no_grad()
+def initialize_as_mae(network, positions):
+    """Give torchvision's ViT these fixed positions and, where its own differ, MAE's first weights,
+    as in the official code: a fair baseline for MAE's files, and nearly so for MoCo v3's."""
+    network.encoder.pos_embedding.copy_(positions)
+    nn.init.normal_(network.class_token, std=0.02)
+    nn.init.xavier_uniform_(network.conv_proj.weight.flatten(1))  # as a matrix
+    for layer in network.encoder.layers:
+        nn.init.xavier_uniform_(layer.self_attention.out_proj.weight)  # the others are already
 
 
 def load_weights(network, weights):
@@ -485,6 +501,10 @@ def load_backbone(path, image_size=None, arch=None, stem_padding=1, heads=None, 
             network, image_size, assumed = build_vit(weights, image_size, heads)
         untrained = copy.deepcopy(network)
         unused += load_weights(network, weights)
+        if isinstance(network, VisionTransformer):
+            positions = network.encoder.pos_embedding
+            if not positions[:, 0].any():  # zeros for the class token: sines and cosines, fixed
+                initialize_as_mae(untrained, positions)
     except (AssertionError, KeyError, RuntimeError, ValueError) as error:
         lacking = "lacking " if isinstance(error, KeyError) else ""
         reason = " ".join(str(error).split())[:300]
@@ -495,6 +515,109 @@ def load_backbone(path, image_size=None, arch=None, stem_padding=1, heads=None, 
         parts = sorted({name.split(".")[0] for name in unused})
         say(f"{path}: not used: {', '.join(parts)}")
     return network, untrained, image_size or 224
+
+
+# ----------------------------------------------------------------------------------- fine-tuning
+
+RATES = 3e-4, 1e-3, 3e-3  # of all layers, to choose from
+BATCH_SIZE = 64
+MIN_STEPS = 300  # between these, 20 epochs
+MAX_STEPS = 3000
+
+
+def add_head(backbone, classes):
+    """-> the backbone and a linear layer, (B, 3, S, S) -> logits (B, K). The layer starts at zero.
+    As in the probe, its input is standardized, so that a rate means the same for all backbones."""
+    linear = nn.Linear(backbone.feature_dim, classes)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(backbone, nn.BatchNorm1d(backbone.feature_dim, affine=False), linear)
+
+
+def finetune(network, images, rows, image_size, device, rate, steps, seed=0, what="fine-tuning"):
+    """-> a copy of the network with a linear layer, all of it trained on these rows of the images,
+    by AdamW with this peak rate. what: a name for the progress on the screen."""
+    torch.manual_seed(seed)  # the same batches and crops for both networks and all rates
+    classifier = add_head(copy.deepcopy(network), len(images.classes))
+    classifier.to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(  # warm-up, then half a cosine to almost 0
+        optimizer, rate, total_steps=steps, pct_start=0.1, cycle_momentum=False)
+
+    # drawn with replacement: a batch is full, however few images there are
+    batches = rows[torch.randint(len(rows), (steps, BATCH_SIZE))]
+    loaded = common.progress(images.load(batches, device), what, steps)
+    for batch, (pixels, aspect) in zip(batches, loaded):
+        labels = images.labels[batch].to(device)
+        labels = torch.where(aspect > 0, labels, -100)  # unreadable: cross_entropy skips -100
+        x = common.random_resized_crop(pixels, aspect, image_size, scale=(0.2, 1.0))
+        x = common.normalize(common.random_horizontal_flip(x))
+        with common.autocast(device):
+            logits = classifier(x)
+        loss = F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return classifier.eval()
+
+
+def finetune_at_best_rate(network, images, rows, image_size, device, seed=0, name=""):
+    """-> the classifier, trained on all these rows, and its rate: the best on a held-out tenth of
+    them, after training on the others. name: of the network, for the progress on the screen."""
+    steps = min(max(20 * len(rows) // BATCH_SIZE, MIN_STEPS), MAX_STEPS)
+    held = rows[::10]  # labelled_rows come class by class: a tenth of each
+    rest = rows[torch.arange(len(rows)) % 10 > 0]
+    held_out = {}
+    for rate in RATES:
+        classifier = finetune(network, images, rest, image_size, device, rate, steps, seed,
+                              f"{name}, trying rate {rate:g}")
+        (logits,), y = labelled_features(classifier, images, held, image_size, device)
+        held_out[rate] = top1(nn.Identity(), logits, y)
+    chosen = max(held_out, key=held_out.get)  # the first of equals
+    classifier = finetune(network, images, rows, image_size, device, chosen, steps, seed,
+                          f"{name}, rate {chosen:g}")
+    return classifier, chosen
+
+
+def evaluate_finetuning(backbone, untrained, report, train, test, image_size, device, labels=1.0,
+                        seed=0):
+    """Fine-tunes both networks, and prints their accuracies beside the linear probe's in `report`,
+    which is `evaluate`'s -> the backbone's classifier."""
+    rows = labelled_rows(train, labels, seed)
+    test_rows = labelled_rows(test, 1.0, seed)
+    classifiers = {}
+    for name, network in {"trained": backbone, "random": untrained}.items():
+        classifier, rate = finetune_at_best_rate(network, train, rows, image_size, device, seed,
+                                                 name)
+        (logits,), y = labelled_features(classifier, test, test_rows, image_size, device,
+                                         what=f"test images, {name}")
+        accuracy = top1(nn.Identity(), logits, y)
+        say(f"linear probe {report[name]['probe']:5.1f}  fine-tuned {accuracy:5.1f}  {name} "
+            f"(rate {rate:g})")
+        classifiers[name] = classifier
+    say("Fine-tuned: all layers, with the same labels; rates chosen by held-out training images.")
+    return classifiers["trained"]
+
+
+def save_classifier(classifier, args, images):
+    """Write what `load_classifier` reads."""
+    classifier.cpu()
+    network = {name: vars(args)[name] for name in ("image_size", "arch", "stem_padding", "heads")}
+    common.save_file(args.finetune, {
+        "backbone": classifier[0].state_dict(), "head": classifier[1:].state_dict(),
+        "network": network, "classes": images.classes, "side": images.side})
+    say(f"{args.finetune}: a classifier of {len(images.classes)} classes")
+
+
+def load_classifier(path):
+    """-> what --finetune has written: a network (B, 3, S, S) -> logits (B, K), the K class names,
+    S, and the side in pixels of the squares from which `common.center_view` makes its input."""
+    saved = common.read_file(path)
+    backbone, _, image_size = load_backbone(path, **saved["network"])
+    classifier = add_head(backbone, len(saved["classes"]))
+    classifier[1:].load_state_dict(saved["head"])
+    return classifier.eval().requires_grad_(False), saved["classes"], image_size, saved["side"]
 
 
 # ---------------------------------------------------------------------------------------- command
@@ -559,19 +682,23 @@ def parse_args(argv=None):
     add("--labels", type=float, default=1.0, help="fraction of each class's training labels to use")
     add("--layers", action="store_true", help="also after each stage")
     add("--mlp", action="store_true", help="also a probe with a hidden layer")
-    add("--features", help="write the features of all images to this .npz instead")
-    add("--neighbours", help="draw images and their nearest ones to this .png instead")
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--finetune", help="also train all layers with labels; write the classifier to this .pth")
+    one("--features", help="write the features of all images to this .npz instead")
+    one("--neighbours", help="draw images and their nearest ones to this .png instead")
     common.add_data_flags(parser)
     return parser.parse_args(argv)
 
 
 def run(args):
-    for path in args.features, args.neighbours:
+    for path in args.finetune, args.features, args.neighbours:
         if path and os.path.exists(path):
             raise Failure(f"{path} exists already: choose another name")
         if path and not os.path.isdir(os.path.dirname(path) or "."):
             raise Failure(f"{path}: there is no such folder")
     device = common.start(args.device, args.seed)
+    if args.finetune and world_size() > 1:
+        raise Failure("--finetune trains in a single process: start it without torchrun")
     backbone, untrained, args.image_size = load_backbone(
         args.checkpoint, args.image_size, args.arch, args.stem_padding, args.heads)
     train, test = common.load_data(args, device)
@@ -582,8 +709,14 @@ def run(args):
     elif args.neighbours:
         save_neighbours(backbone, train, args.image_size, device, args.neighbours)
     else:
-        evaluate(backbone, untrained, train, test, args.image_size, device, args.labels, args.seed,
-                 args.layers, args.mlp)
+        report = evaluate(backbone, untrained, train, test, args.image_size, device, args.labels,
+                          args.seed, args.layers, args.mlp)
+        if args.finetune and not report:
+            raise Failure("--finetune needs labels: --data with a folder for each class")
+        if args.finetune:
+            classifier = evaluate_finetuning(backbone, untrained, report, train, test,
+                                             args.image_size, device, args.labels, args.seed)
+            save_classifier(classifier, args, train)
 
 
 if __name__ == "__main__":

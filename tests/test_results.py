@@ -143,7 +143,7 @@ def test_readmes_weights_and_embeddings(tmp_path):
     write_images(tmp_path / "photos", 12)
     simclr.train(simclr.parse_args(["--data", str(tmp_path / "photos"), "--epochs", "1", "-b", "4",
                                     "--recipe", "demo", "--device", "cpu", "-j", "0"]))
-    (weights,) = [block for _, block in BLOCKS if "from linear_probe import" in block]
+    (weights,) = [block for _, block in BLOCKS if "import load_backbone" in block]
     names = {}
     exec(weights, names)
     assert names["features"].shape == (4, 128)
@@ -157,9 +157,36 @@ def test_readmes_weights_and_embeddings(tmp_path):
     (table,) = [block for _, block in BLOCKS if "np.load" in block]
     names = {}
     exec(table, names)
-    for i in range(12):  # "the last one is the image itself"
-        order = (names["features"] @ names["features"][i]).argsort()
-        assert order[-1] == i
+    for i in range(12):  # "image 0 itself"
+        order = (-names["features"] @ names["features"][i]).argsort()
+        assert order[0] == i
+
+
+def test_readmes_classifier(tmp_path, monkeypatch, capsys):
+    """The command writes it, and the snippet of at most eight lines predicts a folder with it."""
+    import common
+    import linear_probe
+
+    monkeypatch.setattr(linear_probe, "MIN_STEPS", 2)
+    torch.save(common.make_backbone("resnet8x0.25", 32).state_dict(), "backbone.pth")
+    for seed, name in enumerate(("cat", "dog")):
+        write_images(tmp_path / "path" / "to" / "images" / name, 10, seed=seed)
+    (command,) = [block for _, block in BLOCKS if "--finetune classifier.pth" in block]
+    python, script, *flags = command.replace("runs/simclr/", "").split()
+    linear_probe.run(linear_probe.parse_args([*flags, "--device", "cpu"]))
+    (tmp_path / "path/to/images/dog/007.png").write_bytes(b"no image")
+
+    capsys.readouterr()
+    (code,) = [block for _, block in BLOCKS if "import load_classifier" in block]
+    assert len([line for line in code.splitlines() if line]) <= 8
+    names = {}
+    exec(code, names)
+    printed = [line for line in capsys.readouterr().out.splitlines()
+               if line.startswith(("cat/", "dog/"))]
+    assert [line.split()[0] for line in printed] == names["images"].names
+    assert printed[17].startswith("dog/007.png 'dog/007.png': cannot identify")
+    printed.pop(17)
+    assert {line.split()[1] for line in printed} <= {"cat", "dog"} and len(printed) == 19
 
 
 COMMANDS = re.findall("^.*(?:python|torchrun).*$", "".join(
