@@ -682,10 +682,11 @@ def parse_args(argv=None):
     add("--labels", type=float, default=1.0, help="fraction of each class's training labels to use")
     add("--layers", action="store_true", help="also after each stage")
     add("--mlp", action="store_true", help="also a probe with a hidden layer")
-    one = parser.add_mutually_exclusive_group().add_argument
-    one("--finetune", help="also train all layers with labels; write the classifier to this .pth")
-    one("--features", help="write the features of all images to this .npz instead")
-    one("--neighbours", help="draw images and their nearest ones to this .png instead")
+    add_one = parser.add_mutually_exclusive_group().add_argument
+    add_one("--finetune", help="also train all layers with labels; write the classifier to this "
+            ".pth")
+    add_one("--features", help="write the features of all images to this .npz instead")
+    add_one("--neighbours", help="draw images and their nearest ones to this .png instead")
     common.add_data_flags(parser)
     return parser.parse_args(argv)
 

@@ -186,19 +186,21 @@ def gradients(method, flags):
 
 def learning(args):
     """Data, augmentation, backbone, first weights, optimizer and steps are the same, five epochs of
-    the cpu recipe; lightly's are the loss (times 4 for BYOL, as ours is), the heads, MoCo's queue,
+    the cpu recipe with its standard values; lightly's are the loss (times 4 for BYOL, as ours is), the heads, MoCo's queue,
     DINO's center, and the passes. In SimCLR, SwAV and DINO we, like the official codes, take both
     views in one pass, and they share BN statistics; lightly makes a pass for each. In MoCo its BN
     has one group. SimSiam has lightly's three layers in both. The gradients are compared at equal
     weights: with our passes, where only rounding may differ, and with lightly's."""
     from benchmark import has, show
+    from results.measure import STANDARD
 
     rows = []
     methods = [method for method in args.methods if method in HEADS]
     if not has("lightly"):
         methods = []
     for method in methods:
-        flags = f"--recipe cpu --epochs 5 --device cpu --max-images {args.images}".split()
+        flags = f"--recipe cpu {STANDARD.get(method, '')} --epochs 5".split()
+        flags += ["--device", "cpu", "--max-images", str(args.images)]
         flags += ["--data", args.data]
         if method == "simsiam":
             flags += ["--proj-layers", "3"]

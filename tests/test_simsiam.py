@@ -103,12 +103,9 @@ def test_each_view_has_its_own_batch_statistics():
 # ------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("name, kind", [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
-def test_everything_is_decayed_and_the_predictor_is_a_group_of_its_own(name, kind):
+def test_everything_is_decayed_and_the_predictor_is_a_group_of_its_own():
     model = SimSiam(common.make_backbone("resnet8", 32), 128, proj_dim=32, pred_dim=8)
-    optimizer = make_optimizer(name, model, 0.1)
-    encoder, predictor = optimizer.param_groups
-    assert type(optimizer) is kind
+    encoder, predictor = make_optimizer(model, 0.1).param_groups
     assert encoder["weight_decay"] == predictor["weight_decay"] == 0.1
     in_encoder = {*model.backbone.parameters(), *model.projector.parameters()}
     assert {*encoder["params"]} == in_encoder
