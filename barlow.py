@@ -307,9 +307,9 @@ def train(args):
 RECIPES = {  # what differs between recipes; every other flag has a single default
     "recipe":              ("demo",     "cpu",      "cifar",     "imagenet"),
     "arch":                ("resnet8",  "resnet8",  "resnet18",  "resnet50"),
-    "image_size":          (32,         24,         32,          224),
+    "image_size":          (32,         32,         32,          224),
     "eval_size":           (32,         32,         32,          224),
-    "epochs":              (8,          15,         200,         300),
+    "epochs":              (8,          20,         200,         300),
     "warmup_epochs":       (1,          1,          10,          10),
     "batch_size":          (128,        128,        256,         512),
     "lr":                  (10.0,       6.0,        6.0,         0.3),
@@ -356,10 +356,9 @@ def parse_args(argv=None):
 # had a factor 0.024, so lr_biases is 0.024 times lr. cifar: solo-learn's for 1000 epochs; its LARS
 # has η 0.02 (so lr is 20 times its 0.3) and clips the adapted rate; its loss has a factor 0.1 (so
 # lr_biases is a tenth, the decay ten times its own). demo: measured on the synthetic images. cpu:
-# standard values, but views of 24 pixels and features of 32, as in FixRes (1906.06423). For VICReg,
-# whose loss is a mean over D and whose code has one rate, add --lr-biases 0.2, and on imagenet --lr
-# 0.2. Processes exchange z rather than sums for C: at the paper's B 2048 and D 8192, two z are
-# 134 MB, a D × D sum is 268 MB.
+# standard values. For VICReg, whose loss is a mean over D and whose code has one rate, add
+# --lr-biases 0.2, and on imagenet --lr 0.2. Processes exchange z rather than sums for C: at the
+# paper's B 2048 and D 8192, two z are 134 MB, a D × D sum is 268 MB.
 #
 # Departures from the papers: small crops are bilinear (official: bicubic); crops are taken from a
 # square canvas of 8/7 of the view's side, so that elongated images lose detail (cut them

@@ -209,9 +209,9 @@ def train(args):
 RECIPES = {  # what differs between recipes; every other flag has a single default
     "recipe":          ("demo",     "cpu",      "cifar",     "imagenet"),
     "arch":            ("resnet8",  "resnet8",  "resnet18",  "resnet50"),
-    "image_size":      (32,         24,         32,          224),
+    "image_size":      (32,         32,         32,          224),
     "eval_size":       (32,         32,         32,          224),
-    "epochs":          (7,          15,         800,         100),
+    "epochs":          (7,          20,         800,         100),
     "warmup_epochs":   (1,          1,          0,           0),
     "batch_size":      (64,         64,         512,         512),
     "lr":              (0.6,        0.3,        0.03,        0.05),
@@ -245,7 +245,7 @@ def parse_args(argv=None):
 
 # Sources. imagenet: the paper and facebookresearch/simsiam. cifar: the paper's appendix on
 # CIFAR-10; what it does not name, as for ImageNet. demo: measured on the synthetic images. cpu:
-# standard values, but views of 24 pixels and features of 32, as in FixRes (1906.06423).
+# standard values.
 #
 # Departures from the paper: crops are taken from a square canvas of 8/7 of the view's side, so that
 # elongated images lose detail (cut them beforehand). From the official code: blur is a true

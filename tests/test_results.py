@@ -113,6 +113,12 @@ def test_readme_lists_each_file_with_its_length():
         assert f"<!-- lines: {name} -->{lines}<!-- -->" in README
 
 
+@pytest.mark.parametrize("page", measure.pages(RESULTS), ids=("results", "project"))
+def test_links_within_the_project_lead_somewhere(page):
+    links = re.findall(r"\]\((?!http)([^)#]*)", page.read_text(encoding="utf8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
 def test_readmes_loop_trains(monkeypatch):
     def few_images(folder, download, transform):
         images = torchvision.datasets.FakeData(8, (3, 40, 40))

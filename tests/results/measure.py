@@ -117,8 +117,6 @@ EARLIER = "--epochs 5 --warmup-epochs 0.5 --batch-size 64 --lr 0.48"  # the demo
 STANDARD = {"simclr": "--image-size 32 --epochs 20 --lr 0.24",
             "moco": "--image-size 32 --epochs 20",
             "byol": "--image-size 32 --epochs 20",
-            "simsiam": "--image-size 32 --epochs 20",
-            "barlow": "--image-size 32 --epochs 20",
             "dino": "--image-size 32 --epochs 20 --local-size 16"}
 RUNS = {
     "demo": [(f"{m}-{seed}", f"{m}.py --seed {seed}") for seed in range(3) for m in METHODS],
