@@ -144,7 +144,8 @@ def parse_with_recipe(parser, recipes, argv=None):
         out = latest_run(given.method)
     if given.resume and os.path.exists(f"{out}/checkpoint.pth"):
         defaults = read_run(out, given.method)["args"]
-        defaults.setdefault("eval_size", defaults["image_size"])  # of a run without the flag
+        if "eval_size" in recipes:
+            defaults.setdefault("eval_size", defaults["image_size"])  # of a run without the flag
     else:
         recipe = given.recipe or choose_recipe(given.data, given.device)
         column = recipes["recipe"].index(recipe)
