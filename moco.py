@@ -521,9 +521,9 @@ RECIPES = {  # what differs between recipes; every other flag has a single defau
     "arch": ("resnet8", "resnet8", "resnet18", "resnet50", "resnet50", "resnet50", "vit_small"),
     #                  demo     cpu      cifar    imagenet -v1      -v3       -v3-vit
     "version":        (2,       2,       2,       2,       1,       3,        3),
-    "image_size":     (32,      24,      32,      224,     224,     224,      224),
+    "image_size":     (32,      32,      32,      224,     224,     224,      224),
     "eval_size":      (32,      32,      32,      224,     224,     224,      224),
-    "epochs":         (8,       15,      200,     200,     200,     100,      300),
+    "epochs":         (8,       20,      200,     200,     200,     100,      300),
     "warmup_epochs":  (0.5,     1,       0,       0,       0,       10,       40),
     "batch_size":     (32,      64,      512,     256,     256,     512,      512),
     "optimizer":      ("sgd",   "sgd",   "sgd",   "sgd",   "sgd",   "lars",   "adamw"),
@@ -584,9 +584,8 @@ def parse_args(argv=None):
 # Sources. imagenet: the papers and facebookresearch/moco and moco-v3. (v3: batch 4096 and EMA 0.99.
 # At 512 the same number of images gives 0.99^(1/8) = 0.9987.) cifar: moco's CIFAR-10
 # notebook, which mixes v1's projector and v2's jitter (here v2's projector). demo: measured on the
-# synthetic images. cpu: standard values, but views of 24 pixels and features of 32, as in FixRes
-# (1906.06423). v3 on 32 pixels: solo-learn has --version 3 --temperature 0.2 --proj-dim 256
-# --solarize2 0.2.
+# synthetic images. cpu: standard values. v3 on 32 pixels: solo-learn has --version 3 --temperature
+# 0.2 --proj-dim 256 --solarize2 0.2.
 #
 # Departures from the papers: the learning rate falls on a cosine per step (v1: to a tenth at epochs
 # 120 and 160 of 200; v2: per epoch). BN groups are parts of the total batch, whatever the number of

@@ -151,9 +151,9 @@ def test_side_of_evaluation_of_a_resumed_run(tmp_path):
 @pytest.mark.parametrize("method", ["moco", "dino"])
 def test_side_of_evaluation_of_a_vit_is_that_of_its_views(method):
     module = importlib.import_module(method)
-    flags = ["--recipe", "cpu", "--data", "cifar10", "--eval-size", "32"]
-    assert module.parse_args(flags).eval_size == 32
-    assert module.parse_args([*flags, "-a", "vit_small"]).eval_size == 24
+    flags = ["--recipe", "demo", "--eval-size", "48"]
+    assert module.parse_args(flags).eval_size == 48
+    assert module.parse_args([*flags, "-a", "vit_small"]).eval_size == 32
 
 
 CHANGED = """--data images -a resnet34 --epochs 7 --warmup-epochs 2.5 -b 24 --lr 0.7 --wd 0.03
