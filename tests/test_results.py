@@ -234,6 +234,8 @@ def test_tables_of_a_few_runs(tmp_path):
     write_run(tmp_path, "simsiam-no-stop-gradient", 30.0)
     write_run(tmp_path, "simclr-0", command="python simclr.py", hardware="H100")
     write_run(tmp_path, "loss-infonce", 65.0)
+    write_run(tmp_path, "mae-few-1000", 62.0)
+    write_run(tmp_path, "mae-cifar-0", 64.0)
     write_run(tmp_path, "simsiam-10")
     write_run(tmp_path, "mae-10", 70.0, layers)
     write_run(tmp_path, "rotation-10", 49.0)
@@ -250,6 +252,8 @@ def test_tables_of_a_few_runs(tmp_path):
     assert "| SimSiam | 60.0 | 70.0 | 30.0 | 40.0 | 1.5 |" in tables["demo"]
     assert tables["ablation"][2].endswith("| spread | 0.500 → 0.500 | 60.0 → 60.0 | 70.0 → 30.0 |")
     assert "| `infonce` | 60.0 | 65.0 |  |  |" in tables["losses"]
+    assert tables["few"][2:] == ["| MAE | 1,000 | 60.0 | 62.0 | 30.0 | 40.0 |",
+                                 "| MAE | 50,000 | 60.0 | 64.0 | 30.0 | 40.0 |"]
     assert tables["unseen"][2:] == [
         "| SimSiam | 60.0, 60.0, 60.0 | 70.0, 70.0, 70.0 | 30.0, 30.0, 30.0 | 40.0, 40.0, 40.0 | "
         "1 of 1 |",

@@ -34,6 +34,7 @@ METHODS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL", "simsiam": "SimSi
            "jigsaw": "Jigsaw"}
 READOUT = {"rotation": "probe", "jigsaw": "probe", "mae": "kNN of the best stage"}  # else kNN
 UNSEEN = range(10, 20)  # seeds on which no setting was chosen
+FEW = 1000, 5000, 20000  # images
 LOSSES = "nt-xent", "infonce", "nce", "flatnce", "debiased", "hard", "alignment"
 
 # ------------------------------------------------------------------------------------- ablations
@@ -124,6 +125,8 @@ RUNS = {
               for m in METHODS],
     "standard": [(f"{m}-standard-0", f"{m}.py {WHOLE} {flags} --seed 0")
                  for m, flags in STANDARD.items()],
+    "few": [(f"{m}-few-{count}", f"{m}.py {WHOLE} --max-images {count} --seed 0")
+            for m in ("simclr", "byol", "mae") for count in FEW],
     "unseen": [(f"{m}-{seed}", f"{m}.py --seed {seed}") for seed in UNSEEN for m in METHODS],
     "losses": [(f"loss-{loss}{suffix}", f"simclr.py {flags}{EARLIER} --loss {loss} --seed 0")
                for suffix, flags in (("", ""), ("-cifar", f"{SUBSET} ")) for loss in LOSSES],
@@ -396,6 +399,18 @@ def standard_table(runs):
     return table("method|standard values: kNN|probe|the recipe: kNN|probe", rows)
 
 
+def few_table(runs):
+    rows = []
+    for method in "simclr", "byol", "mae":
+        for count in *FEW, 50000:
+            name = f"{method}-cifar-0" if count == 50000 else f"{method}-few-{count}"
+            if name in runs:
+                own = [runs[name]]
+                rows.append([METHODS[method], f"{count:,}", *accuracy(own),
+                             *accuracy(own, "random")])
+    return table("method|images|kNN|probe|random: kNN|random: probe", rows)
+
+
 def loss_table(runs):
     rows = []
     for loss in LOSSES:
@@ -438,7 +453,7 @@ def runs_table(runs):
 
 
 TABLES = {"demo": group_table, "unseen": unseen_table, "cifar": partial(group_table, suffix="-cifar"),
-          "standard": standard_table,
+          "standard": standard_table, "few": few_table,
           "losses": loss_table, "ablation": ablation_table, "runs": runs_table}
 
 
