@@ -281,9 +281,9 @@ def train(args):
 RECIPES = {  # what differs between recipes; every other flag has a single default
     "recipe":          ("demo",     "cpu",      "cifar",     "imagenet"),
     "arch":            ("resnet8",  "resnet8",  "resnet18",  "resnet50"),
-    "image_size":      (32,         24,         32,          224),
+    "image_size":      (32,         32,         32,          224),
     "eval_size":       (32,         32,         32,          224),
-    "epochs":          (8,          15,         200,         100),
+    "epochs":          (8,          20,         200,         100),
     "warmup_epochs":   (1,          1,          10,          10),
     "batch_size":      (32,         64,         512,         512),
     "optimizer":       ("sgd",      "sgd",      "sgd",       "lars"),
@@ -326,8 +326,7 @@ def parse_args(argv=None):
 # the paper's augmentation without blur and an average from 0.99, as in solo-learn; heads, SGD and
 # batch of lightly's CIFAR-10 benchmark, whose loss is a quarter of this one: hence a quarter of its
 # rate, and four times its decay. demo: measured on the synthetic images, where so few steps need a
-# fast target. cpu: standard values, but views of 24 pixels and features of 32, as in FixRes
-# (1906.06423).
+# fast target. cpu: standard values.
 #
 # Departures from the paper: small crops are bilinear (official: bicubic); crops are taken from a
 # square canvas of 8/7 of the view's side, so that elongated images lose detail (cut them

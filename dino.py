@@ -493,16 +493,16 @@ RECIPES = {  # what differs between recipes; every other flag has a single defau
     "recipe":                    ("demo",         "cpu",      "cifar",     "imagenet"),
     "arch":                      ("resnet8x0.5",  "resnet8",  "resnet18",  "vit_small"),
     "patch_size":                (4,              4,          4,           16),
-    "image_size":                (32,             24,         32,          224),
+    "image_size":                (32,             32,         32,          224),
     "eval_size":                 (32,             32,         32,          224),
-    "epochs":                    (8,              15,         200,         100),
+    "epochs":                    (8,              20,         200,         100),
     "warmup_epochs":             (1,              1,          10,          10),
     "batch_size":                (32,             64,         256,         512),
     "lr":                        (8e-3,           4e-3,       5e-4,        5e-4),
     "weight_decay_end":          (0.04,           0.04,       0.4,         0.4),
     "drop_path":                 (0.0,            0.0,        0.0,         0.1),
     "local_views":               (2,              2,          8,           8),
-    "local_size":                (16,             12,         16,          96),
+    "local_size":                (16,             16,         16,          96),
     "crop_scale":                (0.5,            0.35,       0.4,         0.4),
     "local_crop_scale":          (0.15,           0.15,       0.05,        0.05),
     "jitter_strength":           (2.0,            1.0,        1.0,         1.0),
@@ -579,8 +579,7 @@ def parse_args(argv=None):
 # with K and the head's BN of lightly's CIFAR-10 benchmark; never run. demo: measured on the
 # synthetic images. What counts there is a strong jitter: with the paper's, the classes that the
 # teacher finds are tints. Its temperature is lower, as few steps have to sharpen its output, and
-# its network is narrow, for more steps in two minutes. cpu: standard values, but views of 24 and 12
-# pixels and features of 32, as in FixRes (1906.06423).
+# its network is narrow, for more steps in two minutes. cpu: standard values.
 #
 # Departures from the paper: none in the loss; crops are taken from a square canvas of 8/7 of the
 # view's side, so that elongated images lose detail (cut them beforehand). From the official code:
