@@ -652,7 +652,7 @@ def load_data(args, device):
     median, unread = median_side(sets[0])
     sets[0].left_out += unread
     eval_size = getattr(args, "eval_size", None) or args.image_size
-    side = min(max(args.image_size * 8 // 7, eval_size * 8 // 7, 64), median)
+    side = min(max(max(args.image_size, eval_size) * 8 // 7, 64), median)
     if median != args.image_size:
         say(f"images of {median} pixels, seen at {args.image_size}")
     for images in sets:

@@ -186,11 +186,12 @@ def gradients(method, flags):
 
 def learning(args):
     """Data, augmentation, backbone, first weights, optimizer and steps are the same, five epochs of
-    the cpu recipe with its standard values; lightly's are the loss (times 4 for BYOL, as ours is), the heads, MoCo's queue,
-    DINO's center, and the passes. In SimCLR, SwAV and DINO we, like the official codes, take both
-    views in one pass, and they share BN statistics; lightly makes a pass for each. In MoCo its BN
-    has one group. SimSiam has lightly's three layers in both. The gradients are compared at equal
-    weights: with our passes, where only rounding may differ, and with lightly's."""
+    the cpu recipe with its standard values; lightly's are the loss (times 4 for BYOL, as ours is),
+    the heads, MoCo's queue, DINO's center, and the passes. In SimCLR, SwAV and DINO we, like the
+    official codes, take both views in one pass, and they share BN statistics; lightly makes a pass
+    for each. In MoCo its BN has one group. SimSiam has lightly's three layers in both. The
+    gradients are compared at equal weights: with our passes, where only rounding may differ, and
+    with lightly's."""
     from benchmark import has, show
     from results.measure import STANDARD
 

@@ -41,6 +41,20 @@ def write_images(folder, count, size=(32, 32), seed=0, suffix=".png"):
             folder / f"{i:03}{suffix}")
 
 
+def run_linear_probe(argv, capsys):
+    """-> exit status, stdout and stderr of the command."""
+    import common  # here, since test_house.py looks at what a method file imports
+    import linear_probe
+
+    status = 0
+    try:
+        common.main(linear_probe.run, linear_probe.parse_args, argv)
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
 @pytest.fixture
 def class_folders(tmp_path):
     """train/ and val/ with two classes: 24 and 8 images of 32 x 32."""

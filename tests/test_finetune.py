@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from conftest import run_linear_probe
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
@@ -349,13 +350,7 @@ def command(class_folders, capsys):
                 "--workers", "0", "--finetune", "classifier.pth"]
         argv += [str(flag) for flag in flags]
         capsys.readouterr()
-        status = 0
-        try:
-            common.main(linear_probe.run, linear_probe.parse_args, argv)
-        except SystemExit as stop:
-            status = stop.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        return run_linear_probe(argv, capsys)
 
     return call
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import run_linear_probe
 from PIL import Image
 from processes import run_processes
 from torch import nn
@@ -911,13 +912,7 @@ def command(class_folders, capsys):
         argv = ["--checkpoint", "backbone.pth", "--data", "images", "--device", "cpu",
                 "--workers", "0"]
         argv += [str(flag) for flag in flags]
-        status = 0
-        try:
-            common.main(linear_probe.run, linear_probe.parse_args, argv)
-        except SystemExit as stop:
-            status = stop.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        return run_linear_probe(argv, capsys)
 
     return call
 
