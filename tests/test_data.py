@@ -39,6 +39,13 @@ def labelled(images):
     return {name: classes[label] for name, label in zip(images.names, images.labels.tolist())}
 
 
+def test_stored_side_suits_the_larger_of_view_and_evaluation():
+    write_images(Path("images"), 2, size=(200, 200))
+    assert load(image_size=56)[0].side == 64
+    assert load(image_size=56, eval_size=112)[0].side == 128
+    assert load(image_size=112, eval_size=56)[0].side == 128
+
+
 # ---- pixels
 
 

@@ -80,6 +80,17 @@ def test_evaluation_has_a_side_of_its_own(method, monkeypatch):
     assert linear_probe.load_backbone("run/checkpoint.pth")[2] == 32
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_help_names_health_numbers_that_the_log_has(method, capsys):
+    start(method, "--epochs", "1")
+    logged = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        importlib.import_module(method).parse_args(["--help"])
+    names = re.findall("`([a-z ]+)`", " ".join(capsys.readouterr().out.split()))
+    assert names and {name.replace(" ", "_") for name in names} <= logged[0].keys()
+
+
 def ctrl_c():
     raise KeyboardInterrupt
 
