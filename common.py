@@ -43,7 +43,8 @@ class Failure(Exception):
 def main(train, parse_args, argv=None):
     """Run `train(parse_args(argv))`. Exit status: 0; 1 after an error; 2 for wrong arguments
     (argparse's own); 130 after Ctrl-C. Errors other than `Failure` keep their traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack τ or odd file names
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has it not
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack τ or odd file names
     args = None
     try:
         args = parse_args(argv)
@@ -144,8 +145,6 @@ def parse_with_recipe(parser, recipes, argv=None):
         out = latest_run(given.method)
     if given.resume and os.path.exists(f"{out}/checkpoint.pth"):
         defaults = read_run(out, given.method)["args"]
-        if "eval_size" in recipes:
-            defaults.setdefault("eval_size", defaults["image_size"])  # of a run without the flag
     else:
         recipe = given.recipe or choose_recipe(given.data, given.device)
         column = recipes["recipe"].index(recipe)
@@ -185,10 +184,9 @@ def image_sides(root):
     for folder, files in walk(root):
         for name in files:
             path = os.path.join(folder, name)
-            if not is_image(name) or not os.path.isfile(path):  # opening a pipe would block
-                continue
-            with suppress(Exception), Image.open(path) as image:
-                yield min(image.size)
+            if is_image(name):
+                with suppress(Exception), Image.open(path) as image:
+                    yield min(image.size)
 
 
 # ------------------------------------------------------------------------------------- processes
@@ -217,9 +215,10 @@ def start(device_name, seed):
     if name == "cuda" and torchrun:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.zeros(1, device=name).device
-    except (AssertionError, ImportError, RuntimeError):
-        raise Failure(f"--device {name}: this machine has no such device")
+        device = torch.zeros(1, device=name).device  # with its number
+    except (AssertionError, ImportError, RuntimeError) as error:  # none such, or it is full
+        reason = str(error).splitlines()[0]
+        raise Failure(f"--device {name}: {reason}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
@@ -368,10 +367,7 @@ class ImageSet:
         """-> PIL image, of which only the header has been read."""
         if self.items is not None:
             return self.items[self.names[i]][0]
-        path = os.path.join(self.origin, self.names[i])
-        if not os.path.isfile(path):
-            raise OSError("no file")  # opening a pipe would block
-        return Image.open(path)
+        return Image.open(os.path.join(self.origin, self.names[i]))
 
     def __getitem__(self, i):
         """-> image i: uint8 (3, side, side), its width / height, i, and "". If it cannot be read: a
@@ -489,14 +485,18 @@ def torchvision_set(name, train):
     split = "train" if train else "test"
     if name.lower() == "stl10" and train:
         split = "train+unlabeled"
-    part = {"train": train} if "train" in signature(make).parameters else {"split": split}
+    if "train" in signature(make).parameters:
+        part = {"train": train}
+    else:
+        part = {"split": split}
     try:
         items = make("data", download=True, **part)
     except Exception as error:  # no network, other arguments
         raise Failure(f"--data {name}: torchvision cannot load it: {error}")
     labels = None
-    for attribute in "targets", "labels", "_labels":
-        labels = getattr(items, attribute, labels)
+    for attribute in "targets", "labels", "_labels":  # a set has one of them, or none
+        if hasattr(items, attribute):
+            labels = getattr(items, attribute)
     if labels is None:
         labels = [label for _, label in items]  # decodes them all, but few sets have no list
     classes = getattr(items, "classes", None)
@@ -524,10 +524,13 @@ def find_sets(data):
     test_names = [name for name in TEST_FOLDERS if name in folders]
     test = None
     if train_names and test_names:
-        train = folder_set(folders.pop(train_names[0]))
+        train_folder = folders.pop(train_names[0])
+        train = folder_set(train_folder)
         if train.classes:
-            test = folder_set(folders.pop(test_names[0]), train.classes)
-        train.left_out += [f"folder {path.name}/" for path in folders.values()]
+            test_folder = folders.pop(test_names[0])
+            test = folder_set(test_folder, train.classes)
+        unused = folders.values()  # what was not taken out above
+        train.left_out += [f"folder {path.name}/" for path in unused]
         if has_images(root):
             train.left_out.append(f"images directly in {root}")
     else:
@@ -584,8 +587,9 @@ def decode(images, device):
     for rows, batch in zip(parts, progress(loaded, f"decoding {images.origin}", len(parts))):
         pixels[rows], aspect[rows] = batch
     if world_size() > 1:
+        # An image is zero in all processes but the one that decoded it: their sum has them all.
         dist.all_reduce(aspect)
-        for part in pixels.split(4096):  # in place: no second copy of the set
+        for part in pixels.split(4096):  # a view, summed in place: no second copy of the set
             dist.all_reduce(part)
     unreadable = (aspect == 0).nonzero().flatten().tolist()
     if unreadable:
@@ -601,15 +605,15 @@ def decode(images, device):
 
 def check_readable(images, device):
     """Look at 50 of the images: Failure if none can be read, or all are almost of one color."""
-    readable = torch.zeros(0)
-    if len(images) > 0:
-        rows = torch.arange(0, len(images), math.ceil(len(images) / 50))
-        pixels, aspect = next(images.load([rows], device))
-        readable = pixels[aspect > 0]
-        unreadable = rows[(aspect == 0).cpu()].tolist()
-        if unreadable:
-            _, _, _, reason = images[unreadable[0]]
-            images.left_out.append(f"{len(unreadable)} of {len(rows)} tried unreadable ({reason})")
+    if len(images) == 0:
+        raise Failure(f"nothing that can be read: {describe(images)}")
+    rows = torch.arange(0, len(images), math.ceil(len(images) / 50))
+    pixels, aspect = next(images.load([rows], device))
+    readable = pixels[aspect > 0]
+    unreadable = rows[(aspect == 0).cpu()].tolist()
+    if unreadable:
+        _, _, _, reason = images[unreadable[0]]
+        images.left_out.append(f"{len(unreadable)} of {len(rows)} tried unreadable ({reason})")
     if len(readable) == 0:
         raise Failure(f"nothing that can be read: {describe(images)}")
     # 12 bits in files of 16 come out as 0 to 16
@@ -652,7 +656,9 @@ def load_data(args, device):
     median, unread = median_side(sets[0])
     sets[0].left_out += unread
     eval_size = getattr(args, "eval_size", None) or args.image_size
-    side = min(max(max(args.image_size, eval_size) * 8 // 7, 64), median)
+    largest_view = max(args.image_size, eval_size)
+    canvas = max(largest_view * 8 // 7, 64)
+    side = min(canvas, median)
     if median != args.image_size:
         say(f"images of {median} pixels, seen at {args.image_size}")
     for images in sets:
@@ -864,8 +870,9 @@ def gaussian_blur(x, p, kernel_size=None, sigma=(0.1, 2.0)):
     n = len(x)
     size = x.shape[3]
     radius = size // 20 if kernel_size is None else kernel_size // 2
-    sigmas = uniform(n, device=x.device, low=sigma[0], high=sigma[1])[:, None]
-    sigmas = (sigmas * chosen(x, p).flatten(1)).clamp(min=1e-3)  # too small to blur
+    drawn = uniform(n, device=x.device, low=sigma[0], high=sigma[1])[:, None]
+    # an image that is not chosen gets 0.001 pixels, too small to blur
+    sigmas = (drawn * chosen(x, p).flatten(1)).clamp(min=1e-3)
     if p == 0:  # after the draws, so that those that follow do not depend on p
         return x
     offset = torch.arange(-radius, radius + 1, device=x.device)
@@ -968,6 +975,8 @@ def make_backbone(arch, image_size, zero_init_residual=False):
         raise Failure(f"--arch {arch}: neither a ResNet nor another network of torchvision")
     network = torchvision.models.get_model(arch)
     names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not names:
+        raise Failure(f"--arch {arch}: it has no linear layer at its end")
     network.feature_dim = network.get_submodule(names[-1]).in_features
     network.set_submodule(names[-1], nn.Identity())
     return network
@@ -1071,15 +1080,17 @@ def save_checkpoint(args, step, images, model, optimizer, backbone):
 def load_checkpoint(args, images, model, optimizer):
     """Restore the run in --out, if --resume asks for it -> the steps done."""
     saved = None
+    step = 0
     if args.resume and os.path.exists(f"{args.out}/checkpoint.pth"):
         saved = read_run(args.out, args.method)
-    step = saved["step"] if saved else 0
-    if gather(torch.tensor([step])).unique().numel() > 1:
+        step = saved["step"]
+    steps = gather(torch.tensor([step]))  # of each process
+    if steps.min() < steps.max():
         raise Failure(f"--resume: the processes see different checkpoints in {args.out}, which "
                       "must be on a disk that all machines share")
-    if not saved:
-        if rank() == 0:
-            cut_log(f"{args.out}/log.jsonl", step)
+    if saved is None:
+        if rank() == 0:  # of lines that were never saved
+            cut_log(f"{args.out}/log.jsonl", 0)
         return 0
     if saved["images"] != images.fingerprint():
         raise Failure(f"{args.out} was trained on {saved['images']}, not {images.fingerprint()}")

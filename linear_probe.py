@@ -217,8 +217,10 @@ def linear_probe(train_features, train_labels, test_features, test_labels, path=
     for setting, classifier in path(train_features[rest], train_labels[rest], classes):
         held_out[setting] = top1(classifier, train_features[held], train_labels[held])
         chosen = max(held_out, key=held_out.get)  # the first of equals
-        if chosen not in list(held_out)[-2:]:  # the last two were no better
+        last_two = list(held_out)[-2:]
+        if chosen not in last_two:  # neither of them was better
             break
+    # Now with all images, from the first setting on: each fit starts where the last one ended.
     for setting, classifier in path(train_features, train_labels, classes):
         if setting == chosen:
             break
@@ -404,8 +406,8 @@ def backbone_weights(found, network):
 
 
 def build_resnet(weights, image_size, stem_padding):
-    """-> the untrained ResNet of these names and shapes, the size of its images in pixels, and what
-    had to be assumed, in words."""
+    """-> the untrained ResNet of these names and shapes, the size of its images in pixels, and a
+    list of what had to be assumed, in words."""
     width, _, kernel, _ = weights["conv1.weight"].shape
     block = Bottleneck if "layer1.0.conv3.weight" in weights else BasicBlock
     inner, _, _, _ = weights["layer1.0.conv1.weight"].shape
@@ -416,34 +418,40 @@ def build_resnet(weights, image_size, stem_padding):
     count = Counter(stage for stage, _ in blocks)
     depths = [count[stage] for stage in sorted(count)]
     if kernel == 7:
-        return common.ResNet(block, depths, width, "imagenet"), image_size or 224, ""
-    if len(depths) == 3:
+        network = common.ResNet(block, depths, width, "imagenet")
+        size = image_size or 224
+        assumed = []
+    elif len(depths) == 3:
         network = common.ResNet(block, depths, width, "tiny")
-        has_output_layer = any(re.match(OUTPUT_LAYERS, name) for name in weights)
-        if depths == [1, 1, 1] and not has_output_layer:  # as backbone.pth of resnet8 here
-            return network, image_size or 32, ""
-        return network, image_size or 32, "a first layer of stride 2, as resnet8's here"
-    network = common.ResNet(block, depths, width, "cifar")
-    network.conv1.padding = stem_padding, stem_padding
-    assumed = f"a first layer of stride 1 and --stem-padding {stem_padding}"
-    return network, image_size or 32, assumed
+        size = image_size or 32
+        assumed = ["a first layer of stride 2, as resnet8's here"]
+    else:
+        network = common.ResNet(block, depths, width, "cifar")
+        network.conv1.padding = stem_padding, stem_padding
+        size = image_size or 32
+        assumed = ["a first layer of stride 1", f"--stem-padding {stem_padding}"]
+    if image_size is None:
+        assumed.append(f"--image-size {size}")
+    return network, size, assumed
 
 
 def build_vit(weights, image_size, heads):
-    """-> the untrained ViT of these names and shapes, the size of its images in pixels, and what
-    had to be assumed, in words."""
+    """-> the untrained ViT of these names and shapes, the size of its images in pixels, and a list
+    of what had to be assumed, in words."""
     dim, _, patch_size, _ = weights["conv_proj.weight"].shape
     patches = weights["encoder.pos_embedding"].shape[1] - 1
-    image_size = image_size or patch_size * math.isqrt(patches)
-    if image_size % patch_size:
-        raise ValueError(f"--image-size {image_size} is no multiple of its patches' {patch_size}")
+    size = image_size or patch_size * math.isqrt(patches)
+    if size % patch_size:
+        raise ValueError(f"--image-size {size} is no multiple of its patches' {patch_size}")
     heads = heads or max(1, dim // 64)
-    assumed = f"--heads {heads}, --image-size {image_size}, and ImageNet's mean and std"
+    assumed = [f"--heads {heads}", "ImageNet's mean and std"]
+    if image_size is None:
+        assumed.append(f"--image-size {size}")
     depth = len({name.split(".")[2] for name in weights if name.startswith("encoder.layers.")})
-    network = VisionTransformer(image_size, patch_size, depth, heads, dim, 4 * dim)
+    network = VisionTransformer(size, patch_size, depth, heads, dim, 4 * dim)
     network.heads = nn.Identity()
     network.feature_dim = dim
-    return network, image_size, assumed
+    return network, size, assumed
 
 
 @torch.no_grad()
@@ -483,7 +491,7 @@ def load_backbone(path, image_size=None, arch=None, stem_padding=1, heads=None, 
     """
     checkpoint = common.read_file(path)
     ours = isinstance(checkpoint, dict) and "recipe" in checkpoint  # a checkpoint.pth
-    assumed = ""
+    assumed = []
     if ours:
         args = checkpoint["args"]
         image_size = image_size or args.get("eval_size") or args["image_size"]
@@ -509,8 +517,9 @@ def load_backbone(path, image_size=None, arch=None, stem_padding=1, heads=None, 
         lacking = "lacking " if isinstance(error, KeyError) else ""
         reason = " ".join(str(error).split())[:300]
         raise Failure(f"{path} does not fit a network that is known here: {lacking}{reason}")
-    if assumed and not (ours and "conv1.weight" in weights):
-        say(f"{path}: assuming {assumed}")
+    is_our_resnet = ours and "conv1.weight" in weights  # its first layer is known
+    if assumed and not is_our_resnet:
+        say(f"{path}: assuming {', '.join(assumed)}")
     if unused:
         parts = sorted({name.split(".")[0] for name in unused})
         say(f"{path}: not used: {', '.join(parts)}")

@@ -96,3 +96,8 @@ def test_other_families(arch, feature_dim):
 def test_an_unknown_network_is_refused_by_name(arch):
     with pytest.raises(Failure, match=f"--arch {arch}: neither"):
         make_backbone(arch, 96)
+
+
+def test_a_network_that_ends_in_a_convolution_is_refused():
+    with torch.device("meta"), pytest.raises(Failure, match="squeezenet1_1: it has no linear"):
+        make_backbone("squeezenet1_1", 96)

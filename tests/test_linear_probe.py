@@ -520,11 +520,10 @@ def test_a_resnet_of_every_layout(layout, capsys):
     file, unused = LAYOUTS[layout]
     backbone, untrained, size = load_backbone(saved(file))
     assert size == 224
-    printed = capsys.readouterr().out
-    if unused is None:
-        assert printed == ""
-    else:
-        assert printed == f"file.pth: not used: {unused}\n"
+    expected = "file.pth: assuming --image-size 224\n"
+    if unused is not None:
+        expected += f"file.pth: not used: {unused}\n"
+    assert capsys.readouterr().out == expected
     x = torch.randn(2, 3, 64, 64)
     expected = small_resnet()(x)
     close(backbone.eval()(x), expected)
@@ -590,22 +589,26 @@ def test_stem_padding_is_said_and_changes_the_features(capsys):
     network.conv1.padding = (2, 2)  # as in solo-learn
     x = torch.randn(1, 3, 32, 32)
     plain, _, _ = load_backbone(saved(network.state_dict()))
-    assert "stride 1 and --stem-padding 1" in capsys.readouterr().out
+    assert "stride 1, --stem-padding 1" in capsys.readouterr().out
     padded, _, _ = load_backbone("file.pth", stem_padding=2)
-    assert "stride 1 and --stem-padding 2" in capsys.readouterr().out
+    assert "stride 1, --stem-padding 2" in capsys.readouterr().out
     close(padded.eval()(x), network(x))
     assert not torch.allclose(plain.eval()(x), network(x), atol=1e-3)
 
 
-def test_what_is_assumed_of_three_stages_is_said_of_others_networks_alone(capsys):
-    """The deeper ones of others have three stages, too, and stride 1."""
-    load_backbone(saved(common.ResNet(BasicBlock, [3, 3, 3], 16, "tiny").state_dict()))
-    assert "stride 2" in capsys.readouterr().out
-    weights = common.make_backbone("resnet8", 32).state_dict()
-    load_backbone(saved(weights))
-    assert "assuming" not in capsys.readouterr().out
-    load_backbone(saved({**weights, "fc.weight": torch.zeros(10, 128)}))
-    assert "stride 2" in capsys.readouterr().out
+@pytest.mark.parametrize("arch, trained_at, assumed", [
+    ("resnet8", 32, "a first layer of stride 2, as resnet8's here"),
+    ("resnet18", 32, "a first layer of stride 1, --stem-padding 1"),
+    ("resnet18", 224, None)])
+def test_what_weights_do_not_tell_is_said(arch, trained_at, assumed, capsys):
+    """Three stages of others have stride 1; and no network tells the size that it was made for."""
+    path = saved(common.make_backbone(arch, trained_at).state_dict())
+    load_backbone(path)
+    size = f"--image-size {trained_at}"
+    said = ", ".join([assumed, size] if assumed else [size])
+    assert f"file.pth: assuming {said}\n" in capsys.readouterr().out
+    load_backbone(path, image_size=64)
+    assert "--image-size" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arch, groups, width_per_group", [
@@ -792,7 +795,7 @@ def test_a_vit_of_every_layout(layout, capsys):
     backbone, untrained, size = load_backbone(saved(file))
     assert size == 32
     assert capsys.readouterr().out == (
-        "file.pth: assuming --heads 2, --image-size 32, and ImageNet's mean and std\n"
+        "file.pth: assuming --heads 2, ImageNet's mean and std, --image-size 32\n"
         f"file.pth: not used: {unused}\n")
     x = torch.randn(3, 3, 32, 32)
     expected = slow_vit(V, x, heads=2)
