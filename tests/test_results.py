@@ -33,8 +33,10 @@ def write_run(results, name, probe=70.0, layers=None, finished=True, **record):
     lines = [
         {"step": 1, "epoch": 1, "loss": 2.0, "spread": 0.9, "seconds": 60.0},
         {"step": 1, "epoch": 1, "knn": 40.0, "untrained": 30.0},
-        {"step": 2, "epoch": 2, "loss": 1.0, "spread": 0.4, "seconds": 70.0},
-        {"step": 3, "epoch": 2, "loss": 0.7, "spread": 0.6, "seconds": 80.0},
+        {"step": 2, "epoch": 2, "loss": 1.0, "spread": 0.4, "positive_found": 0.2,
+         "seconds": 70.0},
+        {"step": 3, "epoch": 2, "loss": 0.7, "spread": 0.6, "positive_found": 0.4,
+         "seconds": 80.0},
         {"step": 3, "epoch": 2, "knn": 50.0, "untrained": 30.0}]
     report = {**REPORT, "trained": {"knn": 60.0, "probe": probe}}
     for i, (stage, row) in enumerate((layers or {}).items(), 1):
@@ -238,6 +240,8 @@ def test_tables_of_a_few_runs(tmp_path):
     write_run(tmp_path, "mae-cifar-0", 64.0)
     write_run(tmp_path, "simsiam-10")
     write_run(tmp_path, "mae-10", 70.0, layers)
+    write_run(tmp_path, "moco-one-bn-group-10000-0", 45.0)
+    write_run(tmp_path, "moco-one-bn-group-10000-1", 47.0)
     write_run(tmp_path, "rotation-10", 49.0)
     write_run(tmp_path, "rotation-11", 51.0)
     runs = measure.read_runs(tmp_path)
@@ -261,12 +265,28 @@ def test_tables_of_a_few_runs(tmp_path):
         "20.0, 20.0, 20.0 | 1 of 1 |",
         "| Rotation | 60.0, 60.0, 60.0 | 49.0, 50.0, 51.0 | 30.0, 30.0, 30.0 | 40.0, 40.0, 40.0 | "
         "1 of 2 |"]
+    assert tables["repeated"][2:] == [
+        "| MoCo | one bn group | positive found | 0.300 (0.300 to 0.300) | 60.0 (60.0 to 60.0) | "
+        "46.0 (45.0 to 47.0) | 30.0 (30.0 to 30.0) | 40.0 (40.0 to 40.0) |"]
     assert ("| simclr-0 | `python simclr.py` | 60.0 | 70.0 | 30.0, 40.0 | 20.0, 25.0 |  | H100 |"
             in tables["runs"])
     assert measure.score(runs, "simsiam") == "kNN 60.0 (untrained 30.0)"
     assert measure.score(runs, "rotation") == "probe 75.0 (untrained 40.0)"
     runs["mae-0"] = runs["rotation-0"]
     assert measure.score(runs, "mae").startswith("kNN of the best stage 50.0 (untrained ")
+
+
+def test_table_of_fine_tuning(tmp_path):
+    run = ("\n$ python linear_probe.py --checkpoint runs/{}/backbone.pth --data cifar10 --labels {} "
+           "--seed 0 --finetune classifier.pth\nlinear probe  {}  fine-tuned  60.0  trained (rate "
+           "0.001)\nlinear probe   9.5  fine-tuned  40.0  random (rate 0.003)\n90 s")
+    log = tmp_path / "log.txt"
+    log.write_text("What it is\n" + run.format("simclr", "0.1", "50.0")
+                   + run.format("simclr", "0.01", "30.0") + run.format("simclr", "0.1", "52.0"))
+    assert measure.finetune_table({}, log).splitlines()[2:] == [
+        "| `simclr` | 500 | 30.0 | 60.0 | 9.5 | 40.0 | 1.5 |",
+        "| `simclr` | 5,000 | 51.0 (50.0 to 52.0) | 60.0 (60.0 to 60.0) | 9.5 (9.5 to 9.5) | "
+        "40.0 (40.0 to 40.0) | 1.5 (1.5 to 1.5) |"]
 
 
 def test_goal_of_a_demonstration():
