@@ -197,11 +197,13 @@ class Head(nn.Module):
     def __init__(self, feature_dim, out_dim, hidden_dim, bottleneck_dim, bn):
         super().__init__()
         layers = []
-        for in_dim in feature_dim, hidden_dim:
+        in_dim = feature_dim
+        for _ in range(2):
             layers.append(nn.Linear(in_dim, hidden_dim))
             if bn:
                 layers.append(nn.BatchNorm1d(hidden_dim))
             layers.append(nn.GELU())
+            in_dim = hidden_dim
         layers.append(nn.Linear(hidden_dim, bottleneck_dim))
         self.mlp = nn.Sequential(*layers)
         self.mlp.apply(init_linear)
@@ -209,7 +211,8 @@ class Head(nn.Module):
 
     def forward(self, x):
         x = F.normalize(self.mlp(x), dim=1)
-        return F.linear(x, F.normalize(self.last_layer.weight, dim=1))  # of unit length
+        weight = F.normalize(self.last_layer.weight, dim=1)  # rows of unit length
+        return F.linear(x, weight)
 
 
 def without_dropout(network):
@@ -257,10 +260,14 @@ class DINO(nn.Module):
         features = torch.cat(features)
         if features.dim() != 2:  # the loss's softmax would run over the tokens
             raise ValueError(f"the backbone must return (B, C), not {tuple(features.shape)}")
-        student = self.student["head"](features)
+        student_logits = self.student["head"](features)
         with torch.no_grad():
-            teacher = self.teacher["head"](self.teacher["backbone"](batches[0]))
-        return student.unflatten(0, (-1, len(global_views[0]))), teacher.unflatten(0, (2, -1))
+            teacher_features = self.teacher["backbone"](batches[0])  # of the global views
+            teacher_logits = self.teacher["head"](teacher_features)
+        batch_size = len(global_views[0])
+        student_logits = student_logits.unflatten(0, (-1, batch_size))  # (V, B, K)
+        teacher_logits = teacher_logits.unflatten(0, (-1, batch_size))  # (2, B, K)
+        return student_logits, teacher_logits
 
 
 # ----------------------------------------------------------------------------------------- loss
@@ -275,20 +282,21 @@ def dino_loss(student, teacher, center, student_temperature, teacher_temperature
 
     Chance level: ln K.
     """
-    p = torch.softmax((teacher - center) / teacher_temperature, 2).detach()  # stop-gradient
-    log_p = torch.log_softmax(student / student_temperature, 2)
-    others = log_p.sum(0) - log_p[:2]  # for each global view, the sum over all other views
-    return -(p * others).sum(2).mean() / (len(student) - 1)
+    p_t = torch.softmax((teacher - center) / teacher_temperature, 2).detach()  # stop-gradient
+    log_p_s = torch.log_softmax(student / student_temperature, 2)
+    others = log_p_s.sum(0) - log_p_s[:2]  # for each global view x, the sum over all views v ≠ x
+    num_views = len(student)
+    return -(p_t * others).sum(2).mean() / (num_views - 1)
 
 
 @torch.no_grad()
 def teacher_entropy(teacher, center, teacher_temperature):
-    """Health: mean entropy of the teacher's distributions, in nats: (2, B, K) -> scalar. The loss
-    minus it is the log line's kl, the divergence of the student from the teacher, which goes to 0
-    in a collapse (figure 7). If the entropy goes to 0 as well, one class takes all: centering is
-    too weak. If it goes to ln K, all classes are alike: sharpening is too weak."""
-    log_p = torch.log_softmax((teacher - center) / teacher_temperature, 2)
-    return -(log_p.exp() * log_p).sum(2).mean()
+    """Health: mean entropy of the teacher's distributions, in nats: (2, B, K) -> scalar. The log's
+    kl is the loss minus this entropy: KL(teacher, student), equation 5. In a collapse it goes to 0
+    (figure 7). If the entropy goes to 0 as well, one class takes all: centering is too weak. If it
+    goes to ln K, all classes are alike: sharpening is too weak."""
+    log_p_t = torch.log_softmax((teacher - center) / teacher_temperature, 2)
+    return -(log_p_t.exp() * log_p_t).sum(2).mean()
 
 
 # --------------------------------------------------------------------------------- augmentation
@@ -408,7 +416,7 @@ def train(args):
         load_backbone(args.init, network=backbone)
     model = DINO(backbone, backbone.feature_dim, args.out_dim, args.hidden_dim,
                  head_bn=args.head_bn)
-    backbone = model.teacher["backbone"]  # the teacher's from here on: it is used after training
+    teacher_backbone = model.teacher["backbone"]  # used after training
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
     augment_global = partial(augment, size=args.image_size, crop_scale=(args.crop_scale, 1.0),
@@ -434,8 +442,8 @@ def train(args):
             group["lr"] = lr
         # Without a warm-up, the schedule moves from one value to the other on half a cosine.
         weight_decay = cosine_schedule(step, total_steps, 0, args.weight_decay,
-                                       args.weight_decay_end)
-        optimizer.param_groups[0]["weight_decay"] = weight_decay
+                                       end=args.weight_decay_end)
+        optimizer.param_groups[0]["weight_decay"] = weight_decay  # the others are not decayed
         ema_momentum = cosine_schedule(step, total_steps, 0, args.ema_momentum, end=1.0)
         teacher_temperature = linear_schedule(
             step / steps_per_epoch, args.temperature_warmup_epochs,
@@ -443,27 +451,29 @@ def train(args):
         view1 = augment1(images, aspect)
         view2 = augment2(images, aspect)
         local_views = [augment_local(images, aspect) for _ in range(args.local_views)]
-        # Drawn here: all processes are seeded alike, and would draw the same for their images.
+        # Stochastic depth draws its numbers here, for the total batch. Inside the model, processes
+        # that are seeded alike would all draw the same numbers, for different images.
         noise = None
         if stochastic_depth:
             noise = uniform(len(images), 2 + args.local_views, depth, 2, device=device)
             noise = noise.transpose(0, 1)  # (V, B, depth, 2)
         with autocast(device):
-            student, teacher = network([view1, view2], local_views, noise)
-        student = student.float()
-        teacher = teacher.float()
-        loss = dino_loss(student, teacher, model.center, args.student_temperature,
+            student_logits, teacher_logits = network([view1, view2], local_views, noise)
+        student_logits = student_logits.float()
+        teacher_logits = teacher_logits.float()
+        loss = dino_loss(student_logits, teacher_logits, model.center, args.student_temperature,
                          teacher_temperature)
-        entropy = teacher_entropy(teacher, model.center, teacher_temperature)
         optimizer.zero_grad()
         loss.backward()
-        clip_gradients(model.student.parameters(), args.clip_norm)
+        if args.clip_norm > 0:
+            clip_gradients(model.student.parameters(), args.clip_norm)
         if step < frozen_steps:
             # None, not 0: with 0 the optimizer would still apply momentum and weight decay
             model.student["head"].last_layer.weight.grad = None
         optimizer.step()
+        entropy = teacher_entropy(teacher_logits, model.center, teacher_temperature)
         ema_update(model.teacher, model.student, ema_momentum)
-        batch_mean = gather(teacher.mean((0, 1))[None]).mean(0)  # of all processes
+        batch_mean = gather(teacher_logits.mean((0, 1))[None]).mean(0)  # of all processes
         update_center(model.center, batch_mean, args.center_momentum)
 
         done = step + 1
@@ -476,16 +486,16 @@ def train(args):
             if untrained_knn is None:
                 untrained_knn = quick_knn(untrained, train_set, test_set, args.eval_size, device,
                                           calibrate=True)
-            trained_knn = quick_knn(backbone, train_set, test_set, args.eval_size, device)
+            trained_knn = quick_knn(teacher_backbone, train_set, test_set, args.eval_size, device)
             log_knn(args, done, total_steps, trained_knn, untrained_knn)
             started += time.monotonic() - paused  # images/s leave the kNN out
         if time.monotonic() - saved_at > SAVE_SECONDS:
-            save_checkpoint(args, done, train_set, model, optimizer, backbone)
+            save_checkpoint(args, done, train_set, model, optimizer, teacher_backbone)
             saved_at = time.monotonic()
-    save_checkpoint(args, total_steps, train_set, model, optimizer, backbone)
+    save_checkpoint(args, total_steps, train_set, model, optimizer, teacher_backbone)
     if args.arch in VITS:
-        save_attention(args, backbone, train_set, device)
-    report = evaluate(backbone, untrained, train_set, test_set, args.eval_size, device)
+        save_attention(args, teacher_backbone, train_set, device)
+    report = evaluate(teacher_backbone, untrained, train_set, test_set, args.eval_size, device)
     write_log(args, {"step": total_steps, "report": report})
 
 
@@ -533,11 +543,13 @@ def parse_args(argv=None):
     add("--weight-decay-end", type=float,
         help="weight decay at the end, reached on a cosine; paper: 0.4")
     add("--drop-path", type=float,
-        help="stochastic depth of the last block of a ViT, student only; paper: 0.1")
-    add("--local-views", type=int, help="small crops per image; paper: 8")
+        help="stochastic depth of the last block of a ViT, student only; official "
+        "code: 0.1")
+    add("--local-views", type=int, help="small crops per image; official code: 8, paper: up to 10")
     add("--local-size", type=int, help="side of a local view, in pixels; paper: 96")
     add("--crop-scale", type=float,
-        help="smallest global and largest local crop, fraction of the image's area; paper: 0.4")
+        help="smallest global and largest local crop, fraction of the image's area; official "
+        "code: 0.4, paper: about 0.3")
     add("--local-crop-scale", type=float,
         help="smallest local crop, fraction of the image's area; paper: 0.05")
     add("--jitter-strength", type=float, help="strength of the color jitter, s; paper: 1")
@@ -558,9 +570,9 @@ def parse_args(argv=None):
         "paper: 0.996, but its authors advise 0.9995 for batches of 256")
     add("--center-momentum", type=float, default=0.9, help="weight of the old center; paper: 0.9")
     add("--clip-norm", type=float, default=3.0,
-        help="largest norm of a parameter's gradient; paper: 3")
+        help="largest norm of a parameter's gradient, 0: any; official code: 3")
     add("--freeze-epochs", type=float,
-        help="epochs in which the last layer does not learn; paper: 1")
+        help="epochs in which the last layer does not learn; official code: 1")
     args = parse_with_recipe(parser, RECIPES, argv)
     for flag, size in ("--image-size", args.image_size), ("--local-size", args.local_size):
         if args.arch in VITS and size % args.patch_size != 0:
@@ -572,7 +584,8 @@ def parse_args(argv=None):
 
 # ------------------------------------------------------------------------- sources and departures
 
-# Sources. imagenet: section 3.2 of the paper, at the batch of facebookresearch/dino (paper: 1024).
+# Sources. imagenet: section 3.2 of the paper; batch (paper: 1024), number and scale of the crops,
+# stochastic depth, clipping and the frozen epoch are the defaults of facebookresearch/dino.
 # By default, and in its results after 100 epochs, that code keeps the teacher at 0.04. Its
 # ResNet-50: --arch resnet50 --optimizer sgd --lr 0.03 --weight-decay 1e-4 --weight-decay-end 1e-4
 # --crop-scale 0.14 --teacher-temperature 0.04. cifar: the paper's values for ViTs, on a ResNet-18,

@@ -91,7 +91,9 @@ def positions(dim, grid):
     The column x comes first, as in MAE's official code. In MoCo v3's it is the row, since its
     torch.meshgrid exchanges the two.
     """
-    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    quarter = dim // 4
+    exponent = torch.arange(quarter, dtype=torch.float64) / quarter
+    omega = 10000**-exponent
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega
     code = torch.cat([angle.sin(), angle.cos()], 1)
     x_code = code.repeat(grid, 1)  # columns 0 1 2 0 1 2 ...

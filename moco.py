@@ -161,11 +161,12 @@ class GroupBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         groups = max(1, min(self.groups, len(x) // 2))
-        statistics = self.running_mean.new_zeros(groups, 2, x.shape[1])  # means and variances
         # batch_norm updates the buffers that it is given: with a momentum of 1, it overwrites them
         # with the mean and variance of this part.
+        statistics = self.running_mean.new_zeros(groups, 2, x.shape[1])  # means and variances
         outputs = []
-        for part, (part_mean, part_variance) in zip(x.tensor_split(groups), statistics):
+        for i, part in enumerate(x.tensor_split(groups)):
+            part_mean, part_variance = statistics[i]  # views: batch_norm writes into them
             outputs.append(F.batch_norm(part, part_mean, part_variance, self.weight, self.bias,
                                         training=True, momentum=1.0, eps=self.eps))
         mean, variance = statistics.mean(0)
@@ -180,6 +181,7 @@ def replace_batch_norm(network, groups):
     ValueError: the network has another kind of BN, which would normalize the batch as a whole."""
     for parent in list(network.modules()):
         for name, child in parent.named_children():
+            # GroupBatchNorm: of a backbone that has been in a MoCo before
             if type(child) in (nn.BatchNorm2d, GroupBatchNorm):
                 setattr(parent, name, GroupBatchNorm(child, groups))
             elif isinstance(child, nn.modules.batchnorm._BatchNorm):
@@ -189,15 +191,15 @@ def replace_batch_norm(network, groups):
 
 def shuffle_rows(view2):
     """Shuffled BN (v1, v2): returns this process's rows of the shuffled total batch, and the order.
-    Otherwise a query and its key would be normalized with the same other images, and the
+    Without the shuffle, a query and its key would be normalized with the same other images, and the
     network could match them by these statistics, whatever the images show. Shuffling is worth 4
     points of kNN in the official CIFAR-10 notebook."""
     from common import gather, rank, world_size
 
-    view2 = gather(view2)
-    order = torch.randperm(len(view2), device=view2.device)  # the same on all processes
+    all_views = gather(view2)  # of the total batch
+    order = torch.randperm(len(all_views), device=view2.device)  # the same on all processes
     mine = order.chunk(world_size())[rank()]
-    return view2[mine], order
+    return all_views[mine], order
 
 
 @torch.no_grad()
@@ -209,7 +211,8 @@ def average_statistics(model):
     if world_size() == 1 or not statistics:
         return
     mean = all_sum(torch.cat(statistics)) / world_size()  # one message for all layers
-    torch._foreach_copy_(statistics, mean.split([len(buffer) for buffer in statistics]))
+    sizes = [len(buffer) for buffer in statistics]
+    torch._foreach_copy_(statistics, mean.split(sizes))
 
 
 def positions(dim, grid):
@@ -220,7 +223,9 @@ def positions(dim, grid):
     The column x comes first, as in MAE's official code. In MoCo v3's it is the row, since its
     torch.meshgrid exchanges the two.
     """
-    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    quarter = dim // 4
+    exponent = torch.arange(quarter, dtype=torch.float64) / quarter
+    omega = 10000**-exponent
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega
     code = torch.cat([angle.sin(), angle.cos()], 1)
     x_code = code.repeat(grid, 1)  # columns 0 1 2 0 1 2 ...
@@ -255,12 +260,14 @@ def make_vit(arch, image_size):
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
         elif name.endswith("in_proj_weight"):
-            for matrix in parameter.detach().chunk(3):  # of q, k and v
+            q, k, v = parameter.detach().chunk(3)  # views of the parameter: filled in place
+            for matrix in q, k, v:
                 nn.init.xavier_uniform_(matrix)
         elif parameter.dim() == 2:
             nn.init.xavier_uniform_(parameter)
-        elif parameter.dim() == 4:  # the patch projection, as the matrix that it is
-            nn.init.xavier_uniform_(parameter.detach().flatten(1))
+        elif parameter.dim() == 4:  # the patch projection
+            matrix = parameter.detach().flatten(1)  # a view, too
+            nn.init.xavier_uniform_(matrix)
     nn.init.normal_(vit.class_token, std=1e-6)
     embeddings = positions(dim, image_size // patch_size)
     vit.encoder.pos_embedding = nn.Parameter(embeddings, requires_grad=False)
@@ -437,7 +444,7 @@ def train(args):
         model = MoCo(backbone, backbone.feature_dim, proj_layers=1 if args.version == 1 else 2,
                      proj_dim=args.proj_dim, queue_size=args.queue_size,
                      bn_groups=args.bn_groups // world_size())
-        last_ema_momentum = args.ema_momentum  # constant
+        last_ema_momentum = args.ema_momentum  # as at the start: it stays constant
         chance = math.log(1 + args.queue_size)
     else:
         model = MoCoV3(backbone, backbone.feature_dim, args.proj_dim, args.hidden_dim,
@@ -473,8 +480,9 @@ def train(args):
             with autocast(device):
                 query, key = network(view1, view2)
             query = gather(query.float())
+            key = gather(key.float())
             unshuffle = order.argsort()  # the inverse permutation
-            key = gather(key.float())[unshuffle]  # row i is again the key of query i
+            key = key[unshuffle]  # row i is again the key of query i
             loss = moco_loss(query, key, model.queue, args.temperature)
         else:
             with autocast(device):
@@ -556,7 +564,8 @@ def parse_args(argv=None):
     add("--temperature", type=float,
         help="softmax temperature, τ; paper: v1 0.07, v2 0.2, v3 1, with a ViT 0.2")
     add("--ema-momentum", type=float,
-        help="weight of the old target, m, which in v3 rises to 1; paper: 0.999, v3 0.99")
+        help="weight of the old target, m, which in v3 rises to 1; paper: 0.999, v3 "
+        "with a ViT 0.99")
     add("--queue-size", type=int, help="v1, v2: keys in the queue; paper: 65536")
     add("--bn-groups", type=int,
         help="v1, v2: parts of the total batch that BN normalizes separately; paper: 8 (GPUs)")
@@ -584,17 +593,20 @@ def parse_args(argv=None):
 # Sources. imagenet: the papers and facebookresearch/moco and moco-v3. (v3: batch 4096 and EMA 0.99.
 # At 512 the same number of images gives 0.99^(1/8) = 0.9987.) cifar: moco's CIFAR-10
 # notebook, which mixes v1's projector and v2's jitter (here v2's projector). demo: measured on the
-# synthetic images. cpu: standard values. v3 on 32 pixels: solo-learn has --version 3 --temperature
-# 0.2 --proj-dim 256 --solarize2 0.2.
+# synthetic images. cpu: standard values. v3 on 32 pixels, never run: of solo-learn's values,
+# --version 3 --temperature 0.2 --proj-dim 256 --solarize2 0.2; its LARS (rate 0.3) is another.
 #
 # Departures from the papers: the learning rate falls on a cosine per step (v1: to a tenth at epochs
 # 120 and 160 of 200; v2: per epoch). BN groups are parts of the total batch, whatever the number of
 # GPUs, and their running statistics are averaged (official: the first GPU's). The queue need not be
 # a multiple of the batch. The target moves at the start of a step, as in the official code; in the
-# papers' algorithms it moves at the end, which is the same except for v3's schedule. The blur is an
-# exact Gaussian (official: PIL's, made of box blurs). Crops are taken from a square canvas of 8/7
-# of the view's side, so that elongated images lose detail (cut them beforehand). In the official
-# code only: in v3 a residual block's last BN starts at 0.
+# papers' algorithms it moves at the end, which is the same except for v3's schedule. The blur is a
+# Gaussian, cut off at a twentieth of the side (official: PIL's, made of box blurs). Training is in
+# bfloat16 on CUDA (official: v1 and v2 float32, v3 float16). Crops are taken from a square canvas
+# of 8/7 of the view's side, so that elongated images lose detail (cut them beforehand). In the
+# official code only: in v3 a residual block's last BN starts at 0, a ResNet's predictor does not
+# end in BN, other last BN layers have no scale and offset; how often views are blurred and
+# solarized.
 
 if __name__ == "__main__":
     from common import main

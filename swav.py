@@ -63,8 +63,10 @@ class SwAV(nn.Module):
         """
         features = []
         for _, same_size in itertools.groupby(views, key=lambda view: view.shape[-1]):
-            features.append(self.backbone(torch.cat(list(same_size))))
-        z = F.normalize(self.projector(torch.cat(features)), dim=1)  # (V * B, D)
+            batch = torch.cat(list(same_size))
+            features.append(self.backbone(batch))
+        z = self.projector(torch.cat(features))  # (V * B, D)
+        z = F.normalize(z, dim=1)
         scores = self.prototypes(z)  # cosines, since the prototypes have unit length, too
         return z.unflatten(0, (len(views), -1)), scores.unflatten(0, (len(views), -1))
 
@@ -92,8 +94,8 @@ class SwAV(nn.Module):
         queue_size = self.queue.shape[1]
         z = z[:, -queue_size:]  # the last, if there are more than fit
         batch_size = z.shape[1]
-        oldest = (self.queue_ptr + torch.arange(batch_size, device=z.device)) % queue_size
-        self.queue[:, oldest] = z
+        rows = (self.queue_ptr + torch.arange(batch_size, device=z.device)) % queue_size
+        self.queue[:, rows] = z
         self.queue_ptr.copy_((self.queue_ptr + batch_size) % queue_size)
 
 
@@ -116,9 +118,9 @@ def sinkhorn(scores, epsilon, iterations):
     The maximum is exp(scores / ε) with each row and each column multiplied by a factor of its own
     (equation 5). Sinkhorn-Knopp finds the factors: divide each column by its sum, then each row by
     its sum, which spoils the columns a little, and repeat. The code works on log Q, since exp can
-    overflow; dividing by a sum is then a log-softmax. It makes the sums 1, not 1 / K and 1 / B: the
-    next division removes constant factors. The rows come last, so that they sum to 1 exactly; the
-    columns' sums are only nearly equal after a few iterations.
+    overflow; dividing by a sum is then a log-softmax. That makes the sums 1 instead of 1 / K and
+    1 / B, a constant factor, which the next division removes. The rows come last, so that they sum
+    to 1 exactly; the columns' sums are only nearly equal after a few iterations.
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # at least float32
     log_q = scores / epsilon
@@ -237,15 +239,16 @@ def make_optimizer(name, model, weight_decay):
 
 @torch.no_grad()
 def nearest_views(model, views, count=8):
-    """Views (B, 3, H, W) -> (count, count, 3, H, W): a row for each of the prototypes to which most
-    views are nearest, with the views that are nearest to it, the nearest first. Fewer rows or
-    columns where there are fewer prototypes or views."""
+    """Views (B, 3, H, W) -> (count, count, 3, H, W). Each row is one of the prototypes to which
+    most views are nearest, and holds the views that are nearest to it, the nearest first. Fewer
+    rows or columns where there are fewer prototypes or views. Leaves the model in evaluation mode.
+    """
     model.eval()
     z, _ = model([views])
     scores = z[0] @ F.normalize(model.prototypes.weight, dim=1).T  # (B, K)
     num_views, num_prototypes = scores.shape
-    views_of_each = scores.argmax(1).bincount(minlength=num_prototypes)
-    popular = views_of_each.topk(min(count, num_prototypes)).indices
+    popularity = scores.argmax(1).bincount(minlength=num_prototypes)
+    popular = popularity.topk(min(count, num_prototypes)).indices
     nearest = scores[:, popular].topk(min(count, num_views), dim=0).indices
     return views[nearest.T]
 
@@ -312,6 +315,7 @@ def train(args):
         model.normalize_prototypes()
         with autocast(device):
             z, scores = network(views)
+        # The codes have scores of their own: in float32, of all processes, and with the queue's.
         z1 = gather(z[0].detach().float())  # Sinkhorn balances the images of all processes
         z2 = gather(z[1].detach().float())
         large_z = torch.stack([z1, z2])
@@ -320,8 +324,9 @@ def train(args):
         first = rank() * len(images)
         codes = []
         for view_scores in model.scores_for_codes(large_z, use_queue):
-            code = sinkhorn(view_scores, args.epsilon, args.sinkhorn_iterations)
-            codes.append(code[first : first + len(images)])
+            all_codes = sinkhorn(view_scores, args.epsilon, args.sinkhorn_iterations)
+            own_codes = all_codes[first : first + len(images)]
+            codes.append(own_codes)
         loss = swav_loss(scores.float(), codes, args.temperature)
         optimizer.zero_grad()
         loss.backward()

@@ -131,7 +131,8 @@ def test_what_is_given_by_hand_wins():
 
 def test_side_of_evaluation_follows_the_views_that_are_given_by_hand():
     flags = ["--data", "cifar10", "--recipe", "cpu"]
-    for given, sides in (("", (24, 32)), ("--image-size 48", (48, 48)), ("--eval-size 64", (24, 64)),
+    for given, sides in (("", (24, 32)), ("--image-size 48", (48, 48)),
+                         ("--eval-size 64", (24, 64)),
                          ("--image-size 48 --eval-size 64", (48, 64))):
         args = simclr.parse_args([*flags, *given.split()])
         assert (args.image_size, args.eval_size) == sides

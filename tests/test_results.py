@@ -277,8 +277,8 @@ def test_tables_of_a_few_runs(tmp_path):
 
 
 def test_table_of_fine_tuning(tmp_path):
-    run = ("\n$ python linear_probe.py --checkpoint runs/{}/backbone.pth --data cifar10 --labels {} "
-           "--seed 0 --finetune classifier.pth\nlinear probe  {}  fine-tuned  60.0  trained (rate "
+    run = ("\n$ python linear_probe.py --checkpoint runs/{}/backbone.pth --data cifar10 "
+           "--labels {} --seed 0 --finetune classifier.pth\nlinear probe  {}  fine-tuned  60.0  trained (rate "
            "0.001)\nlinear probe   9.5  fine-tuned  40.0  random (rate 0.003)\n90 s")
     log = tmp_path / "log.txt"
     log.write_text("What it is\n" + run.format("simclr", "0.1", "50.0")

@@ -349,8 +349,9 @@ def group_table(runs, suffix=""):
             rows.append([METHODS[method], *accuracy(own), *accuracy(own, "random"), minutes(timed)])
             if all(map(best_stage, own)):
                 stages = ", ".join(sorted({best_stage(run) for run in own}))
-                rows.append([f"{METHODS[method]}, best stage ({stages})", *accuracy(own, stage=True),
-                             *accuracy(own, "random", True), ""])
+                label = f"{METHODS[method]}, best stage ({stages})"
+                rows.append([label, *accuracy(own, stage=True),
+                             *accuracy(own, "random", stage=True), ""])
     rows.append(["raw pixels", *accuracy(every[:1], "pixels"), "", "", ""])
     return table("method|kNN|probe|random: kNN|random: probe|minutes", rows)
 
@@ -500,7 +501,8 @@ def runs_table(runs):
                  "hardware, date", rows)
 
 
-TABLES = {"demo": group_table, "unseen": unseen_table, "cifar": partial(group_table, suffix="-cifar"),
+TABLES = {"demo": group_table, "unseen": unseen_table,
+          "cifar": partial(group_table, suffix="-cifar"),
           "small": small_table, "few": few_table, "finetune": finetune_table,
           "losses": loss_table, "ablation": ablation_table, "repeated": repeated_table,
           "runs": runs_table}
