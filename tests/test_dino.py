@@ -615,3 +615,13 @@ def test_without_centering_one_class_wins():
 def test_without_sharpening_the_output_becomes_uniform():
     entropy, kl = toy_training(center_momentum=0.9, teacher_temperature=0.2)
     assert entropy > 0.99 and kl < 0.01
+
+
+def test_clip_norm_0_does_not_clip(tmp_path, monkeypatch):
+    """As in the official code; a largest norm of 0 would make every gradient 0."""
+    monkeypatch.setattr(dino, "clip_gradients", None)  # must not be called
+    monkeypatch.setattr(linear_probe, "quick_knn", lambda *args, **kwargs: 0.0)
+    monkeypatch.setattr(linear_probe, "evaluate", lambda *args: {})
+    dino.train(dino.parse_args(["--max-images", "16", "-b", "8", "--epochs", "1", "-a",
+                                "resnet8x0.25", "--clip-norm", "0", "--device", "cpu", "--out",
+                                str(tmp_path / "run")]))
