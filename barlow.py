@@ -118,8 +118,8 @@ def vicreg_loss(z1, z2, invariance_weight=25.0, variance_weight=25.0, covariance
     variance = 0.0
     covariance = 0.0
     for z in z1, z2:
-        z = z - z.mean(0)
-        cov = z.T @ z / (len(z) - 1)
+        centered = z - z.mean(0)
+        cov = centered.T @ centered / (len(z) - 1)
         variance += F.relu(1 - (cov.diagonal() + 1e-4).sqrt()).mean() / 2
         covariance += off_diagonal(cov).square().sum() / len(cov)
     return (invariance_weight * invariance + variance_weight * variance
@@ -253,7 +253,10 @@ def train(args):
                            jitter_strength=args.jitter_strength)
     augment1 = partial(augment_both, blur=args.blur1, solarize=0.0)
     augment2 = partial(augment_both, blur=args.blur2, solarize=args.solarize2)
-    chance = args.proj_dim if args.loss == "barlow" else 0.99 * args.variance_weight  # constant z
+    if args.loss == "barlow":  # chance: the loss of a constant z
+        chance = args.proj_dim
+    else:
+        chance = 0.99 * args.variance_weight
 
     open_run(args)
     first_step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where to resume
@@ -267,7 +270,7 @@ def train(args):
         weights_group, biases_group = optimizer.param_groups
         weights_group["lr"] = lr
         biases_group["lr"] = cosine_schedule(step, total_steps, warmup_steps, peak_lr_biases,
-                                             peak_lr_biases / 1000)
+                                             end=peak_lr_biases / 1000)
         view1 = augment1(images, aspect)
         view2 = augment2(images, aspect)
         with autocast(device):
@@ -334,7 +337,8 @@ def parse_args(argv=None):
     add("--loss", choices=["barlow", "vicreg"], default="barlow", help="the loss of which paper")
     add("--lr-biases", type=float, help="peak learning rate of biases and BN, per 256 images; "
         "--lr is that of the weights; papers: 0.0048, vicreg 0.2")
-    add("--off-diagonal-weight", type=float, help="barlow: λ; paper: 0.0051")
+    add("--off-diagonal-weight", type=float, help="barlow: λ; official code: 0.0051, "
+        "paper: 0.005")
     add("--invariance-weight", type=float, default=25.0, help="vicreg: λ; paper: 25")
     add("--variance-weight", type=float, default=25.0, help="vicreg: μ; paper: 25")
     add("--covariance-weight", type=float, default=1.0, help="vicreg: ν; paper: 1")
@@ -351,22 +355,23 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------- sources and departures
 
 # Sources. imagenet: the paper and official code, for 300 epochs and a batch of 512 (paper: 1000 and
-# 2048, rates 0.2 and 0.0048). Its rate is from the authors' table of batch sizes, issue 7 of
-# facebookresearch/barlowtwins. That table was made when one rate served both groups and the loss
-# had a factor 0.024, so lr_biases is 0.024 times lr. cifar: solo-learn's for 1000 epochs; its LARS
-# has η 0.02 (so lr is 20 times its 0.3) and clips the adapted rate; its loss has a factor 0.1 (so
-# lr_biases is a tenth, the decay ten times its own). demo: measured on the synthetic images. cpu:
-# standard values. For VICReg, whose loss is a mean over D and whose code has one rate, add
-# --lr-biases 0.2, and on imagenet --lr 0.2. Processes exchange z rather than sums for C: at the
-# paper's B 2048 and D 8192, two z are 134 MB, a D × D sum is 268 MB.
+# 2048, rates 0.2 and 0.0048, λ 0.005, weight decay 1.5e-6). Its rate is from the authors' table of
+# batch sizes, issue 7 of facebookresearch/barlowtwins. That table was made when one rate served
+# both groups and the loss had a factor 0.024, so lr_biases is 0.024 times lr. cifar: solo-learn's
+# for 1000 epochs; its LARS has η 0.02 (so lr is 20 times its 0.3) and clips the adapted rate; its
+# loss has a factor 0.1 (so lr_biases is a tenth, the decay ten times its own). demo: measured on
+# the synthetic images. cpu: standard values. For VICReg, whose loss is a mean over D and whose code
+# has one rate, add --lr-biases 0.2, and on imagenet --lr 0.2; its augmentation is that of its code,
+# which is this one (its paper: both views alike, blur 0.5, solarize 0.1). Processes exchange z
+# rather than sums for C: at the paper's B 2048 and D 8192, two z are 134 MB, a D × D sum is 268 MB.
 #
 # Departures from the papers: small crops are bilinear (official: bicubic); crops are taken from a
 # square canvas of 8/7 of the view's side, so that elongated images lose detail (cut them
 # beforehand); blur is a true Gaussian (official: PIL's). The official gradient on W GPUs is 1/W of
-# the true one, because the sum over GPUs in C passes none on: LARS cancels this for weights, but
-# not for biases, whose steps are W times longer here. VICReg's projector has biases before its two
-# BN (official), where they have no effect; here it has none. In the
-# official code only: a residual block's last BN starts at 0.
+# the true one, because the sum over GPUs in C passes none on: LARS cancels this for weights (their
+# decay counts W times less here), but not for biases, whose steps are W times longer here. VICReg's
+# projector has biases before its two BN (official), where they have no effect; here it has none. In
+# the official code only: a residual block's last BN starts at 0.
 
 if __name__ == "__main__":
     from common import main

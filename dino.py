@@ -585,14 +585,14 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------- sources and departures
 
 # Sources. imagenet: section 3.2 of the paper; batch (paper: 1024), number and scale of the crops,
-# stochastic depth, clipping and the frozen epoch are the defaults of facebookresearch/dino.
-# By default, and in its results after 100 epochs, that code keeps the teacher at 0.04. Its
-# ResNet-50: --arch resnet50 --optimizer sgd --lr 0.03 --weight-decay 1e-4 --weight-decay-end 1e-4
-# --crop-scale 0.14 --teacher-temperature 0.04. cifar: the paper's values for ViTs, on a ResNet-18,
-# with K and the head's BN of lightly's CIFAR-10 benchmark; never run. demo: measured on the
-# synthetic images. What counts there is a strong jitter: with the paper's, the classes that the
-# teacher finds are tints. Its temperature is lower, as few steps have to sharpen its output, and
-# its network is narrow, for more steps in two minutes. cpu: standard values.
+# stochastic depth, clipping and the frozen epoch are the defaults of facebookresearch/dino. By
+# default, and in its results after 100 epochs, that code keeps the teacher at 0.04. Its ResNet-50:
+# --arch resnet50 --optimizer sgd --lr 0.03 --weight-decay 1e-4 --weight-decay-end 1e-4 --crop-scale
+# 0.14 --teacher-temperature 0.04. cifar: the paper's values for ViTs, on a ResNet-18, with K and
+# the head's BN of lightly's CIFAR-10 benchmark; never run. demo: measured on the synthetic images.
+# What counts there is a strong jitter: with the paper's, the classes that the teacher finds are
+# tints. Its temperature is lower, as few steps have to sharpen its output, and its network is
+# narrow, for more steps in two minutes. cpu: standard values.
 #
 # Departures from the paper: none in the loss; crops are taken from a square canvas of 8/7 of the
 # view's side, so that elongated images lose detail (cut them beforehand). From the official code:

@@ -153,6 +153,7 @@ def random_square(images, aspect, size):
     side: (B, 3, S, S) uint8, (B,) -> (B, 3, size, size) in [0, 1]."""
     from common import resized_crop, uniform
 
+    # The stored image is the original, scaled to a square: in it, the square is a rectangle.
     canvas = images.shape[3]
     height = canvas * aspect.clamp(max=1)
     width = canvas * (1 / aspect).clamp(max=1)
@@ -176,7 +177,7 @@ def random_puzzles(images, aspect, make_view, orders, tile_size):
 
 
 def all_permutations(n):
-    """The permutations of 0 to n - 1: (n!, n) float."""
+    """The permutations of 0 to n - 1: (n!, n), float for torch.cdist."""
     every = torch.zeros(1, 0)
     for new in range(n):  # insert it at each place of each permutation of 0 to new - 1
         column = torch.full((len(every), 1), float(new))
@@ -202,7 +203,7 @@ def permutation_set(count, tiles, seed):
     nearest = torch.full((len(every),), float(tiles))  # distance to the nearest one chosen
     total = torch.zeros(len(every))  # sum of the distances to all chosen
     while len(chosen) < count:
-        last = every[chosen[-1:]]
+        last = every[chosen[-1]][None]  # (1, tiles)
         distance = torch.cdist(every, last, p=0).squeeze(1)  # p = 0: Hamming distance
         nearest = torch.minimum(nearest, distance)
         total += distance
@@ -294,8 +295,8 @@ def train(args):
     open_run(args)
     first_step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where to resume
     network = parallel(model, args.compile)  # DDP and SyncBN when there are several processes
-    shown, aspect = examples(train_set, device)
-    shown_tiles, shown_order = make_puzzles(shown, aspect)
+    shown, shown_aspect = examples(train_set, device)
+    shown_tiles, shown_order = make_puzzles(shown, shown_aspect)
     save_puzzles(f"{args.out}/views.png", shown, shown_tiles, model.orders[shown_order])
     untrained_knn = None  # measured when the first epoch ends
     started = saved_at = time.monotonic()
@@ -330,7 +331,9 @@ def train(args):
         if time.monotonic() - saved_at > SAVE_SECONDS:
             save_checkpoint(args, done, train_set, model, optimizer, backbone)
             saved_at = time.monotonic()
-        if done == total_steps:  # how the network solves the puzzles of views.png
+        # How the network solves the puzzles of views.png; in the loop, since a finished run that is
+        # resumed has BN statistics of whole images.
+        if done == total_steps:
             with torch.no_grad():
                 found = model.eval()(normalize_tiles(shown_tiles)).argmax(1)
             save_puzzles(f"{args.out}/puzzles.png", shown, shown_tiles, model.orders[found])
@@ -382,7 +385,13 @@ def parse_args(argv=None):
     add("--invert", type=float, help="fraction of images that are inverted; paper: 0")
     add("--tile-dim", type=int, help="length of a tile's embedding; the official code: 1024")
     add("--hidden-dim", type=int, help="width of the head's hidden layer; paper: 4096")
-    return parse_with_recipe(parser, RECIPES, argv)
+    args = parse_with_recipe(parser, RECIPES, argv)
+    if args.tile_size > args.image_size // 3:
+        parser.error(f"--tile-size {args.tile_size} is more than a third of --image-size "
+                     f"{args.image_size}")
+    if not 1 <= args.permutations <= math.factorial(9):
+        parser.error(f"--permutations {args.permutations}: nine tiles have {math.factorial(9)}")
+    return args
 
 
 # ------------------------------------------------------------------------- sources and departures
@@ -397,7 +406,8 @@ def parse_args(argv=None):
 # canvas of 8/7 of the view's side, so that elongated images lose detail (cut them beforehand). A
 # permutation is chosen by its smallest distance, then by its mean (paper: by the mean alone). The
 # relative task has the puzzle's gaps (paper: half a tile; --tile-size 57 of 255 gives that) and
-# drops colors.
+# turns images gray (paper: drops or projects color channels). The first layer is the same for tiles
+# and for whole images (paper: stride 2 for tiles, then 4).
 
 if __name__ == "__main__":
     from common import main

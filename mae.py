@@ -127,7 +127,7 @@ class ViT(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # as a matrix
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # a view, as a matrix
 
     def embed(self, images):
         """(B, 3, S, S) -> tokens of all patches, with their positions added: (B, N, C)."""
@@ -167,6 +167,7 @@ def random_masking(tokens, mask_ratio, noise=None):
     restore = order.argsort(1)
     keep = order[:, : round(noise.shape[1] * (1 - mask_ratio))]
     kept = tokens.take_along_dim(keep[:, :, None], 1)
+    # restore is a token's place in the shuffled order, where those that are kept come first
     mask = (restore >= keep.shape[1]).to(noise.dtype)
     return kept, mask, restore
 
@@ -202,8 +203,9 @@ class MAE(nn.Module):
         visible = encoded[:, 1:]
         num_removed = mask.shape[1] - visible.shape[1]
         removed = self.mask_token.expand(visible.shape[0], num_removed, -1)
-        places = torch.cat([visible, removed], 1).take_along_dim(restore[:, :, None], 1)
-        decoded = torch.cat([cls_token, places], 1) + self.decoder_pos_embed
+        shuffled = torch.cat([visible, removed], 1)
+        in_order = shuffled.take_along_dim(restore[:, :, None], 1)
+        decoded = torch.cat([cls_token, in_order], 1) + self.decoder_pos_embed
         decoded = self.decoder_norm(self.decoder_blocks(decoded))
         return self.decoder_pred(decoded[:, 1:]), mask
 
@@ -370,7 +372,7 @@ def train(args):
     optimizer = make_optimizer(model, args.weight_decay)
     make_view = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale)
     num_patches = (args.image_size // args.patch_size) ** 2
-    knn_sizes = 500, 200  # fewer than usual: a step encodes only a quarter of each image
+    knn_sizes = 500, 200  # fewer than usual: kNN encodes whole images, a step only quarters
 
     open_run(args)
     first_step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where to resume
@@ -455,6 +457,8 @@ def parse_args(argv=None):
     if args.image_size % args.patch_size != 0:
         parser.error(f"--image-size {args.image_size} is no multiple of --patch-size "
                      f"{args.patch_size}")
+    if args.decoder_dim % 32 != 0:
+        parser.error(f"--decoder-dim {args.decoder_dim} is no multiple of 32")
     return args
 
 
@@ -462,14 +466,13 @@ def parse_args(argv=None):
 
 # Sources. imagenet: the paper and facebookresearch/mae (batch there 4096). cifar: widths and depths
 # of IcarusWizard/MAE (there patches of 2 pixels, 3 heads in the decoder, learned positions); the
-# rest is ours and not measured. demo: measured on the synthetic images. cpu:
-# standard values.
+# rest is ours and not measured. demo: measured on the synthetic images. cpu: standard values.
 #
 # Departures from the paper: crops of small images are bilinear (official: bicubic everywhere);
 # crops are taken from a square canvas of 8/7 of the view's side, so that elongated images lose
 # detail (cut them beforehand). SimMIM removes single patches (paper: squares of 32 pixels), in this
-# ViT (paper: relative positions), with MAE's crops and mask ratio (official: --crop-scale 0.67
-# --mask-ratio 0.6).
+# ViT (paper: relative positions), without drop path, and with MAE's optimizer, schedule, crops and
+# mask ratio (official: --crop-scale 0.67 --mask-ratio 0.6).
 
 if __name__ == "__main__":
     from common import main

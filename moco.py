@@ -591,10 +591,10 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------- sources and departures
 
 # Sources. imagenet: the papers and facebookresearch/moco and moco-v3. (v3: batch 4096 and EMA 0.99.
-# At 512 the same number of images gives 0.99^(1/8) = 0.9987.) cifar: moco's CIFAR-10
-# notebook, which mixes v1's projector and v2's jitter (here v2's projector). demo: measured on the
-# synthetic images. cpu: standard values. v3 on 32 pixels, never run: of solo-learn's values,
-# --version 3 --temperature 0.2 --proj-dim 256 --solarize2 0.2; its LARS (rate 0.3) is another.
+# At 512 the same number of images gives 0.99^(1/8) = 0.9987.) cifar: moco's CIFAR-10 notebook,
+# which mixes v1's projector and v2's jitter (here v2's projector). demo: measured on the synthetic
+# images. cpu: standard values. v3 on 32 pixels, never run: of solo-learn's values, --version 3
+# --temperature 0.2 --proj-dim 256 --solarize2 0.2; its LARS (rate 0.3) is another.
 #
 # Departures from the papers: the learning rate falls on a cosine per step (v1: to a tenth at epochs
 # 120 and 160 of 200; v2: per epoch). BN groups are parts of the total batch, whatever the number of

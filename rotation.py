@@ -111,6 +111,7 @@ def central_square(images, aspect, size):
     (B, 3, size, size) in [0, 1]."""
     from common import resized_crop
 
+    # The stored image is the original, scaled to a square: in it, the square is a rectangle.
     canvas = images.shape[3]
     height = canvas * aspect.clamp(max=1)
     width = canvas * (1 / aspect).clamp(max=1)
@@ -273,8 +274,8 @@ def parse_args(argv=None):
 
 # Sources. cifar: gidariss/FeatureLearningRotNet (rate 0.1 for 128 images; falls at epochs 60, 120
 # and 160), with a ResNet. imagenet: mmselfsup's ResNet-50 (rate 0.2 for 128 images; falls at epochs
-# 30 and 50; no Nesterov). The official code for AlexNet has 50 epochs of batch 192, rate 0.01, a
-# tenth of it from epochs 15, 30 and 45 on, weight decay 5e-4, no warm-up. demo: measured on the
+# 30 and 50; no Nesterov). The official code for AlexNet has 50 epochs of batch 192, rate 0.01,
+# divided by 10 at epochs 15, 30 and 45, weight decay 5e-4, no warm-up. demo: measured on the
 # synthetic images. cpu: standard values; smaller views and resized crops did no better.
 #
 # Departures from the paper: ResNets (paper: NIN and AlexNet), with one linear layer on the pooled

@@ -309,10 +309,11 @@ def positives_and_negatives(z1, z2, temperature):
     z = F.normalize(torch.cat([z1, z2]), dim=1)
     logits = z @ z.T / temperature
     positives = logits.diagonal(len(z1)).repeat(2)
-    # The negatives of a row are all columns but its image's two views, first and first + B.
+    # The negatives of a row are all columns but its image's two views, first and first + B: from
+    # each of these on, the column numbers move up by one.
     first = (torch.arange(len(z), device=z.device) % len(z1))[:, None]
-    columns = torch.arange(len(z) - 2, device=z.device)
-    columns = columns + (columns >= first)
+    column = torch.arange(len(z) - 2, device=z.device)
+    columns = column + (column >= first)  # (2B, N)
     columns = columns + (columns >= first + len(z1))
     return positives, logits.gather(1, columns)
 
@@ -348,8 +349,10 @@ def hard_negative_loss(z1, z2, temperature, positive_prior=0.1, concentration=1.
     # log g = log mean + log(1 - τ+ · positive / mean) - log(1 - τ+), at least -1/τ: all in
     # logarithms, as exp(1/τ) may overflow
     log_mean = ((concentration * negatives).log_softmax(1) + negatives).logsumexp(1)
-    log_share = positives - log_mean + math.log(max(positive_prior, 1e-300))  # false negatives
-    log_share = log_share.clamp(max=-torch.finfo(z1.dtype).tiny)  # 1 and above: the floor's case
+    # The share of the mean that is due to false negatives, images of i's own class.
+    log_share = positives - log_mean + math.log(max(positive_prior, 1e-300))
+    # From a share of 1 on, nothing is left of the mean: g is then its floor.
+    log_share = log_share.clamp(max=-torch.finfo(z1.dtype).tiny)
     log_g = log_mean + (-torch.expm1(log_share)).log() - math.log(1 - positive_prior)
     log_g = log_g.clamp(min=-1 / temperature)
     return -F.logsigmoid(positives - log_g - math.log(negatives.shape[1])).mean()
@@ -368,7 +371,8 @@ def uniformity(z, t=2):
 
 
 def alignment_uniformity_loss(z1, z2, temperature):
-    """Alignment + uniformity of both views, a mean. t = 1 / (2τ), so the paper's 2 is τ = 0.25."""
+    """Alignment, plus the mean uniformity of both views. t = 1 / (2τ): the paper's t = 2 is
+    --temperature 0.25."""
     t = 1 / (2 * temperature)
     return alignment(z1, z2) + (uniformity(z1, t) + uniformity(z2, t)) / 2
 
@@ -379,18 +383,19 @@ OTHER_LOSSES = {"infonce": infonce_loss, "nce": nce_loss, "flatnce": flatnce_los
 
 # ------------------------------------------------------------------------- sources and departures
 
-# Sources. imagenet: the paper and google-research/simclr (batch 4096; rate 0.075 √B, that is, 0.85
-# per 256 at 512 but 0.3 at 4096; decay 1e-4, in the paper 1e-6). cifar: augmentation and warm-up of
-# that repository, rate, decay and batch of lightly's CIFAR-10 benchmark. demo: measured on the
-# synthetic images. cpu: measured on CIFAR-10; views of 24 pixels and features of 32 as in FixRes
-# (1906.06423).
+# Sources. imagenet: the paper and google-research/simclr (batch 4096; its rate, 0.075 √B, is 0.85
+# per 256 images at batch 512, and 0.3 at 4096; decay 1e-4, in the paper 1e-6). cifar: augmentation
+# and warm-up of that repository; SGD, rate, decay and batch of lightly's CIFAR-10 benchmark. demo:
+# measured on the synthetic images. cpu: measured on CIFAR-10; trained on views of 24 pixels and
+# evaluated at 32, as in FixRes (1906.06423).
 #
 # Departures from the paper: pixels are normalized by ImageNet's mean and std (official: in [0, 1]);
-# small crops are bilinear (official: bicubic); crops are taken from a square canvas of 8/7 of the
-# view's side, so that elongated images lose detail (cut them beforehand); contrast is relative to
-# the mean gray (official: per channel), saturation is changed without HSV; blur reflects the border
-# (official: zeros); LARS keeps the rate outside the momentum buffer; the loss is half the official
-# one. In the official code only: a residual block's last BN starts at 0.
+# small crops are bilinear (official: bicubic), large ones antialiased (official: not); crops are
+# taken from a square canvas of 8/7 of the view's side, so that elongated images lose detail (cut
+# them beforehand); contrast is relative to the mean gray (official: per channel), saturation is
+# changed without HSV; blur reflects the border (official: zeros); LARS keeps the rate outside the
+# momentum buffer; the loss is half the official one. In the official code only: a residual block's
+# last BN starts at 0.
 
 if __name__ == "__main__":
     from common import main

@@ -39,8 +39,8 @@ class SimSiam(nn.Module):
     """Backbone, projector and predictor.
 
     backbone: (B, 3, H, W) -> (B, feature_dim). proj_layers: 3, or 2 as in the paper for CIFAR-10.
-    The projector ends in a BN without scale and offset, which alone does not prevent collapse. The
-    predictor is a bottleneck, and does not end in BN.
+    The projector's last BN has neither scale nor offset; this BN alone does not prevent collapse.
+    The predictor is a bottleneck, and does not end in BN.
     """
 
     def __init__(self, backbone, feature_dim, proj_dim=2048, pred_dim=512, proj_layers=3):
@@ -168,14 +168,14 @@ def train(args):
     started = saved_at = time.monotonic()
 
     for step, images, aspect in batches(train_set, args, first_step, device):  # seeds each step
-        if step < warmup_steps:  # the paper needs no warm-up
-            lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr)
-        else:  # one rate for each epoch, as in the official code
+        schedule_step = step
+        if step >= warmup_steps:  # one rate for each epoch, as in the official code
             epoch_start = step - step % steps_per_epoch
-            lr = cosine_schedule(max(epoch_start, warmup_steps), total_steps, warmup_steps, peak_lr)
+            schedule_step = max(epoch_start, warmup_steps)  # a warm-up may end within an epoch
+        lr = cosine_schedule(schedule_step, total_steps, warmup_steps, peak_lr)
         encoder_group, predictor_group = optimizer.param_groups
         encoder_group["lr"] = lr
-        predictor_group["lr"] = peak_lr  # not decayed
+        predictor_group["lr"] = peak_lr  # constant: no warm-up, no decay
         view1 = make_view(images, aspect)
         view2 = make_view(images, aspect)
         with autocast(device):
@@ -244,13 +244,15 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------- sources and departures
 
 # Sources. imagenet: the paper and facebookresearch/simsiam. cifar: the paper's appendix on
-# CIFAR-10; what it does not name, as for ImageNet. demo: measured on the synthetic images. cpu:
+# CIFAR-10; where it is silent, its ImageNet settings. demo: measured on the synthetic images. cpu:
 # standard values.
 #
 # Departures from the paper: crops are taken from a square canvas of 8/7 of the view's side, so that
 # elongated images lose detail (cut them beforehand). From the official code: blur is a true
 # Gaussian (official: PIL's); the projector's last linear layer has no frozen bias, which the BN
-# after it would remove. In the official code only: a residual block's last BN starts at 0.
+# after it would remove, and its hidden layers are as wide as z (official: as the features). As in
+# the paper's appendix, a residual block's last BN starts at 0. In the official code only: the
+# projector's last BN has neither scale nor offset.
 
 if __name__ == "__main__":
     from common import main
