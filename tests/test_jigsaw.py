@@ -512,3 +512,14 @@ def test_rate_falls_at_the_epochs_of_vissl():
                             (100, 104, 1e-5)):
         assert rate(first) == pytest.approx(lr)
         assert rate(last) == pytest.approx(lr)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--image-size 32 --tile-size 11", "--tile-size 11 is more than a third of --image-size 32"),
+    ("--permutations 0", "--permutations 0: nine tiles have 362880"),
+    ("--permutations 362881", "--permutations 362881: nine tiles have 362880")])
+def test_puzzles_that_cannot_be_made_are_refused(flags, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        jigsaw.parse_args(flags.split())
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err

@@ -461,7 +461,8 @@ def test_pixels_are_normalised_unless_a_flag_says_no():
 
 @pytest.mark.parametrize("flags, message", [
     ("--arch resnet18", "--arch resnet18: the encoder must be one of vit_micro"),
-    ("--image-size 30", "--image-size 30 is no multiple of --patch-size 4")])
+    ("--image-size 30", "--image-size 30 is no multiple of --patch-size 4"),
+    ("--decoder-dim 100", "--decoder-dim 100 is no multiple of 32")])
 def test_wrong_arguments(flags, message, capsys):
     with pytest.raises(SystemExit) as end:
         mae.parse_args(flags.split())
