@@ -184,9 +184,10 @@ def image_sides(root):
     for folder, files in walk(root):
         for name in files:
             path = os.path.join(folder, name)
-            if is_image(name):
-                with suppress(Exception), Image.open(path) as image:
-                    yield min(image.size)
+            if not is_image(name) or not os.path.isfile(path):  # opening a pipe would block
+                continue
+            with suppress(Exception), Image.open(path) as image:
+                yield min(image.size)
 
 
 # ------------------------------------------------------------------------------------- processes
@@ -367,7 +368,10 @@ class ImageSet:
         """-> PIL image, of which only the header has been read."""
         if self.items is not None:
             return self.items[self.names[i]][0]
-        return Image.open(os.path.join(self.origin, self.names[i]))
+        path = os.path.join(self.origin, self.names[i])
+        if not os.path.isfile(path):
+            raise OSError("no file")  # opening a pipe would block
+        return Image.open(path)
 
     def __getitem__(self, i):
         """-> image i: uint8 (3, side, side), its width / height, i, and "". If it cannot be read: a

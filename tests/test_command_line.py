@@ -94,9 +94,10 @@ def test_recipe_with_gpu_follows_links(gpu):
 
 
 def test_recipe_with_gpu_opens_images_only(gpu, monkeypatch):
-    """The pictures in runs/ are no data."""
+    """No pipe, which would wait forever; and the pictures in runs/ are no data."""
     write_images(Path("cat"), 2)
     write_images(Path("runs/simclr"), 1, size=(200, 200))
+    os.mkfifo("cat/pipe.png")
     Path("cat/notes.txt").touch()
     opened = []
 

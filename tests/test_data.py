@@ -210,13 +210,14 @@ def test_images_of_12_bits_in_16_are_refused(memory):
 
 
 def spoil(folder):
-    """Four files in the folder that look like images, and are none."""
+    """Five files in the folder that look like images, and are none."""
     whole = Path(folder, "whole.jpg")
     picture(64, 64).save(whole)
     Path(folder, "truncated.jpg").write_bytes(whole.read_bytes()[:-100])
     whole.unlink()
     Path(folder, "empty.jpg").touch()
     Path(folder, "page.jpg").write_text("<html>not found</html>")
+    os.mkfifo(Path(folder, "pipe.jpg"))  # whoever opens it waits for one who writes
     os.symlink("nowhere", Path(folder, "link.jpg"))
 
 
@@ -230,20 +231,20 @@ def test_unreadable_files_are_left_out_and_counted(capsys, class_folders):
     assert torch.equal(train.pixels, whole.pixels)
     line, _ = capsys.readouterr().out.splitlines()
     assert line.startswith("training images: 24 of images/train; 2 classes (cat, dog); "
-                           "left out: 4 unreadable ('cat/empty.jpg': cannot identify image file")
+                           "left out: 5 unreadable ('cat/empty.jpg': cannot identify image file")
 
 
 def test_unreadable_files_of_a_streamed_set_are_counted_among_fifty(capsys, class_folders):
     spoil("images/train/cat")
     train, _ = load(memory=0)
-    assert len(train) == 28
-    assert "4 of 28 tried unreadable ('cat/empty.jpg': " in capsys.readouterr().out
+    assert len(train) == 29
+    assert "5 of 29 tried unreadable ('cat/empty.jpg': " in capsys.readouterr().out
 
 
 def test_nothing_readable():
     os.mkdir("images")
     spoil("images")
-    with pytest.raises(Failure, match="0 of images; no class folders; left out: 4 unreadable"):
+    with pytest.raises(Failure, match="0 of images; no class folders; left out: 5 unreadable"):
         load()
 
 
