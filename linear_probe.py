@@ -499,6 +499,8 @@ def load_backbone(path, image_size=None, arch=None, stem_padding=1, heads=None, 
         say(f"{path}: {checkpoint['method']} after {checkpoint['step']} steps")
     if network is None and arch and not arch.startswith(("resnet", "vit_")):
         network = common.make_backbone(arch, image_size or 224)
+        if image_size is None:
+            assumed.append("--image-size 224")
     try:
         weights, unused = backbone_weights(find_weights(checkpoint), network)
         if "pos_embed" in weights and not hasattr(network, "pos_embed"):

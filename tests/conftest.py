@@ -56,6 +56,18 @@ def run_linear_probe(argv, capsys):
 
 
 @pytest.fixture
+def refusal(capsys):
+    """-> a function: what argparse prints about flags that it refuses, with exit status 2."""
+    def call(parse_args, flags):
+        with pytest.raises(SystemExit) as end:
+            parse_args(flags)
+        assert end.value.code == 2
+        return capsys.readouterr().err
+
+    return call
+
+
+@pytest.fixture
 def class_folders(tmp_path):
     """train/ and val/ with two classes: 24 and 8 images of 32 x 32."""
     for seed, (split, name) in enumerate((s, c) for s in ("train", "val") for c in ("cat", "dog")):

@@ -639,6 +639,8 @@ def test_arch_names_another_network_of_torchvision(capsys):
     weights = {**under("model.backbone.", network.state_dict()), "model.backbone.fc.weight": HEAD}
     with pytest.raises(Failure, match="file.pth .*--arch"):
         load_backbone(saved(weights))
+    load_backbone("file.pth", arch="shufflenet_v2_x0_5")
+    assert "file.pth: assuming --image-size 224\n" in capsys.readouterr().out
     backbone, untrained, size = load_backbone("file.pth", 32, "shufflenet_v2_x0_5")
     assert size == 32
     assert_same_weights(backbone, network)
