@@ -152,10 +152,13 @@ def parse_with_recipe(parser, recipes, argv=None):
         if given.image_size and "eval_size" in recipes:
             defaults["eval_size"] = given.image_size  # the recipe's goes with the recipe's views
     parser.set_defaults(**defaults)
-    if out and not given.resume and os.path.exists(f"{out}/log.jsonl"):
-        raise Failure(f"--out {out} holds a run: add --resume, or choose another folder")
     parser.set_defaults(out=out)
-    return parser.parse_args(argv)  # once more, with these defaults
+    args = parser.parse_args(argv)  # once more, with these defaults
+    if out and not args.resume:
+        for name in "log.jsonl", "checkpoint.pth", "backbone.pth":
+            if os.path.exists(f"{out}/{name}"):
+                raise Failure(f"--out {out} holds a run: add --resume, or choose another folder")
+    return args
 
 
 def latest_run(method):

@@ -243,6 +243,15 @@ def test_a_run_is_not_overwritten(run, class_folders):
     assert [path.read_bytes() for path in sorted(Path("run").iterdir())] == before
 
 
+@pytest.mark.parametrize("name", ["log.jsonl", "checkpoint.pth", "backbone.pth"])
+def test_what_is_left_of_a_run_is_not_overwritten(run, name):
+    Path("kept").mkdir()
+    Path("kept", name).write_bytes(b"of an earlier run")
+    assert_one_line(run("--out", "kept"), "--out kept holds a run")
+    assert Path("kept", name).read_bytes() == b"of an earlier run"
+    assert os.listdir("kept") == [name]
+
+
 # ---- exit status
 
 
