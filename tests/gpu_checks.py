@@ -53,8 +53,9 @@ VARIANTS = [  # each method, and what is different in its other versions
     "moco", "moco --version 1", "moco --version 3 --optimizer lars --hidden-dim 32",
     "moco -a vit_micro --version 3 --optimizer adamw --lr 0.001 --hidden-dim 32",
     "byol", "simsiam", "swav", "swav --queue-size 16 --small-crops 2", "barlow",
-    "barlow --loss vicreg", "dino", "dino -a vit_micro --no-head-bn --drop-path 0.1",
-    "mae -a vit_micro", "mae -a vit_micro --objective simmim", "rotation", "rotation --crop shift",
+    "barlow --loss vicreg", "dino",
+    "dino -a vit_micro --local-views 2 --no-head-bn --drop-path 0.1", "mae -a vit_micro",
+    "mae -a vit_micro --objective simmim", "rotation", "rotation --crop shift",
     "jigsaw", "jigsaw --task relative --crop-scale 1"]
 
 # ------------------------------------------------------------------------------------ what they use
@@ -287,8 +288,8 @@ def two(args):
     they talk through gloo. The losses should be those of one process. (On a CPU BN is not
     synchronized, and most differ.)"""
     commands = args.commands or ["simclr", "moco", "moco --version 3 --hidden-dim 32", "byol",
-                                 "swav --queue-size 16", "barlow", "dino", "dino -a vit_micro",
-                                 "jigsaw"]
+                                 "swav --queue-size 16", "barlow", "dino",
+                                 "dino -a vit_micro --local-views 2", "jigsaw"]
     for command in commands:
         print(command)
         for processes in 1, 2:
@@ -367,7 +368,7 @@ def resume(args):
     should differ by about as much."""
     batches = common.batches
     commands = ["simclr -a resnet50 --image-size 72 -b 16 --max-images 64",
-                "dino -a vit_micro --no-head-bn", "mae", "moco", "jigsaw"]
+                "dino -a vit_micro --local-views 2 --no-head-bn", "mae", "moco", "jigsaw"]
     flags = ["--recipe", "demo", "--epochs", "2", "--max-images", "128"]
 
     def stops_after_one_epoch(images, train_args, first_step, device):

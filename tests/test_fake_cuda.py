@@ -19,7 +19,7 @@ FLAGS = ("--recipe demo -b 8 --epochs 1 --warmup-epochs 0 --image-size 32 --max-
 VARIANTS = [(method, "") for method in METHODS] + [
     ("simclr", "--loss flatnce"), ("simclr", "--loss hard"), ("simclr", "--optimizer lars"),
     ("moco", "--version 3 --hidden-dim 32"), ("swav", "--queue-size 16 --small-crops 2"),
-    ("barlow", "--loss vicreg"), ("dino", "-a vit_micro --drop-path 0.1"),
+    ("barlow", "--loss vicreg"), ("dino", "-a vit_micro --local-views 2 --drop-path 0.1"),
     ("mae", "--objective simmim"), ("jigsaw", "--task relative")]
 
 

@@ -364,7 +364,8 @@ VERSIONS = [
     ["byol", "--optimizer", "lars"],
     ["swav", "--optimizer", "lars", "--queue-size", "16", "--small-crops", "1"],
     ["barlow", "--loss", "vicreg"],
-    ["dino", "-a", "vit_micro", "--drop-path", "0.2", "--weight-decay-end", "0.4"],
+    ["dino", "-a", "vit_micro", "--local-views", "2", "--drop-path", "0.2", "--weight-decay-end",
+     "0.4"],
     ["mae", "--objective", "simmim"],
     ["jigsaw", "--task", "relative"],
 ]
