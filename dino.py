@@ -593,7 +593,7 @@ def parse_args(argv=None):
 # 0.14 --teacher-temperature 0.04. cifar: the paper's values for ViTs, on a ResNet-18, with K and
 # the head's BN of lightly's CIFAR-10 benchmark; never run. demo: measured on the synthetic images.
 # What counts there is that most views lose their colors: else the classes that the teacher finds
-# are tints, with some seeds. Small crops do not pay in images of 32 pixels. cpu: standard values.
+# are tints, with some seeds. Small crops gave less for their time there. cpu: standard values.
 #
 # Departures from the paper: none in the loss; crops are taken from a square canvas of 8/7 of the
 # view's side, so that elongated images lose detail (cut them beforehand). From the official code:

@@ -252,6 +252,13 @@ def test_what_is_left_of_a_run_is_not_overwritten(run, name):
     assert os.listdir("kept") == [name]
 
 
+def test_help_is_shown_beside_a_kept_run(run):
+    Path("kept").mkdir()
+    Path("kept", "log.jsonl").touch()
+    status, output, error = run("--out", "kept", "--help")
+    assert status == 0 and output.startswith("usage: ") and not error
+
+
 # ---- exit status
 
 

@@ -571,6 +571,14 @@ def test_augmentation_is_that_of_the_paper(operations, class_folders):
     assert all(operation == ("normalize", {}) for operation in of_knn)
 
 
+def test_gray_is_that_of_all_views(operations, class_folders):
+    args = ("--data images --recipe demo -a resnet8x0.25 --local-views 2 --gray 0.6 --out-dim 8 "
+            "--hidden-dim 8 -b 8 --epochs 0")
+    dino.train(dino.parse_args(args.split()))
+    drawn = [numbers for name, numbers in operations if name == "random_grayscale"]
+    assert drawn == 4 * [{"p": 0.6}]
+
+
 @pytest.mark.parametrize("flag", ["--image-size", "--local-size"])
 def test_patches_must_fit_into_the_views(flag, refusal):
     said = refusal(dino.parse_args, f"-a vit_small --patch-size 8 {flag} 36".split())

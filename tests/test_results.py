@@ -240,6 +240,9 @@ def test_tables_of_a_few_runs(tmp_path):
     write_run(tmp_path, "mae-cifar-0", 64.0)
     write_run(tmp_path, "simsiam-10")
     write_run(tmp_path, "mae-10", 70.0, layers)
+    write_run(tmp_path, "dino-10", 20.0)  # of no row: DINO's seeds are others
+    write_run(tmp_path, "dino-30", 71.0)
+    write_run(tmp_path, "dino-earlier-10", 72.0)
     write_run(tmp_path, "moco-one-bn-group-10000-0", 45.0)
     write_run(tmp_path, "moco-one-bn-group-10000-1", 47.0)
     write_run(tmp_path, "rotation-10", 49.0)
@@ -261,10 +264,14 @@ def test_tables_of_a_few_runs(tmp_path):
     assert tables["unseen"][2:] == [
         "| SimSiam | 60.0, 60.0, 60.0 | 70.0, 70.0, 70.0 | 30.0, 30.0, 30.0 | 40.0, 40.0, 40.0 | "
         "1 of 1 |",
+        "| DINO | 60.0, 60.0, 60.0 | 71.0, 71.0, 71.0 | 30.0, 30.0, 30.0 | 40.0, 40.0, 40.0 | "
+        "1 of 1 |",
         "| MAE, best stage | 50.0, 50.0, 50.0 | 81.0, 81.0, 81.0 | 10.0, 10.0, 10.0 | "
         "20.0, 20.0, 20.0 | 1 of 1 |",
         "| Rotation | 60.0, 60.0, 60.0 | 49.0, 50.0, 51.0 | 30.0, 30.0, 30.0 | 40.0, 40.0, 40.0 | "
-        "1 of 2 |"]
+        "1 of 2 |",
+        "| DINO, earlier settings | 60.0, 60.0, 60.0 | 72.0, 72.0, 72.0 | 30.0, 30.0, 30.0 | "
+        "40.0, 40.0, 40.0 | 1 of 1 |"]
     assert tables["repeated"][2:] == [
         "| MoCo | one bn group | positive found | 0.300 (0.300 to 0.300) | 60.0 (60.0 to 60.0) | "
         "46.0 (45.0 to 47.0) | 30.0 (30.0 to 30.0) | 40.0 (40.0 to 40.0) |"]
