@@ -128,13 +128,13 @@ def vicreg_loss(z1, z2, invariance_weight=25.0, variance_weight=25.0, covariance
 
 @torch.no_grad()
 def health(z1, z2):
-    """Health: (B, D), (B, D) -> three scalars by name, each a mean over dimensions.
+    """Health: (B, D), (B, D) -> three scalars by name.
 
-    diagonal: of C_ii. Rises towards 1; 0 where z is constant.
-    off_diagonal: of |C_ij|, i ≠ j. Falls towards 0, or to the chance level 0.8 / √B; near 1 where
-        all dimensions say the same.
-    std: of the standard deviations of z1. About 1 in VICReg, where 0 shows that z is constant;
-        left free by Barlow Twins.
+    diagonal: the mean of C_ii. Rises towards 1; 0 where z is constant.
+    off_diagonal: the mean of |C_ij|, i ≠ j. Falls towards 0, or to the chance level 0.8 / √B; near
+        1 where all dimensions say the same.
+    std: the mean standard deviation of the dimensions of z1. About 1 in VICReg, where 0 shows that
+        z is constant; left free by Barlow Twins.
     """
     c = correlate(z1, z2)
     off = off_diagonal(c).abs().sum() / (len(c) * (len(c) - 1))
@@ -334,7 +334,7 @@ def parse_args(argv=None):
     parser.epilog = ("The log's `diagonal` should rise towards 1. `off diagonal` rises at first, "
                      "then falls: near 1, all dimensions say the same. VICReg: `std` about 1.")
     add = parser.add_argument
-    add("--loss", choices=["barlow", "vicreg"], default="barlow", help="the loss of which paper")
+    add("--loss", choices=["barlow", "vicreg"], default="barlow", help="which paper's loss")
     add("--lr-biases", type=float, help="peak learning rate of biases and BN, per 256 images; "
         "--lr is that of the weights; papers: 0.0048, vicreg 0.2")
     add("--off-diagonal-weight", type=float, help="barlow: λ; official code: 0.0051, "
@@ -367,11 +367,13 @@ def parse_args(argv=None):
 #
 # Departures from the papers: small crops are bilinear (official: bicubic); crops are taken from a
 # square canvas of 8/7 of the view's side, so that elongated images lose detail (cut them
-# beforehand); blur is a true Gaussian (official: PIL's). The official gradient on W GPUs is 1/W of
-# the true one, because the sum over GPUs in C passes none on: LARS cancels this for weights (their
-# decay counts W times less here), but not for biases, whose steps are W times longer here. VICReg's
-# projector has biases before its two BN (official), where they have no effect; here it has none. In
-# the official code only: a residual block's last BN starts at 0.
+# beforehand); training is in bfloat16 on CUDA (official: float16); the blur is a Gaussian, cut off
+# at a twentieth of the side (official: PIL's, made of box blurs). On W GPUs the official gradient
+# is 1/W of the true one: DDP averages it, and the sum of C over the GPUs passes no gradient between
+# them. LARS cancels this for weights (their decay counts W times less here), but not for biases,
+# whose steps are W times longer here. VICReg's projector has biases before its two BN (official),
+# where they have no effect; here it has none. In the official code only: a residual block's last BN
+# starts at 0.
 
 if __name__ == "__main__":
     from common import main

@@ -46,7 +46,7 @@ class BYOL(nn.Module):
     normalizes by the batch's statistics, and it keeps running statistics of its own.
     """
 
-    def __init__(self, backbone, feature_dim, hidden_dim=4096, proj_dim=256):
+    def __init__(self, backbone, feature_dim, proj_dim=256, hidden_dim=4096):
         super().__init__()
         projector = mlp(feature_dim, hidden_dim, proj_dim)
         self.online = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
@@ -90,7 +90,8 @@ def without_dropout(network):
 
 
 def byol_loss(p1, p2, z1, z2):
-    """Squared distance of unit vectors, averaged over the batch: four (B, D) -> scalar, 0 to 8.
+    """Squared distance of unit vectors, equation 2 of the paper, plus the same with the views
+    exchanged, averaged over the batch: four (B, D) -> scalar, 0 to 8.
 
         ‖p̄1 - z̄2‖² + ‖p̄2 - z̄1‖²  =  4 - 2 cos(p1, z2) - 2 cos(p2, z1)        with v̄ = v / ‖v‖
 
@@ -226,7 +227,7 @@ def train(args):
     untrained = copy.deepcopy(backbone)  # the report's baseline
     if args.init:
         load_backbone(args.init, network=backbone)
-    model = BYOL(backbone, backbone.feature_dim, args.hidden_dim, args.proj_dim)
+    model = BYOL(backbone, backbone.feature_dim, args.proj_dim, args.hidden_dim)
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
     augment_both = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale,
@@ -328,13 +329,14 @@ def parse_args(argv=None):
 # rate, and four times its decay. demo: measured on the synthetic images, where so few steps need a
 # fast target. cpu: standard values.
 #
-# Departures from the paper: small crops are bilinear (official: bicubic); crops are taken from a
-# square canvas of 8/7 of the view's side, so that elongated images lose detail (cut them
-# beforehand); brightness is scaled (official: shifted), contrast is relative to the mean gray
-# (official: per channel), saturation is changed without HSV; blur reflects the border (official:
-# zeros); the target starts as a copy (official: from weights of its own, said to make no
-# difference). A residual block's last BN starts at 0 as in the official code, whose README says
-# that the paper's results were obtained without that.
+# Departures from the paper: small crops are bilinear (official: bicubic), large ones antialiased
+# (official: not); crops are taken from a square canvas of 8/7 of the view's side, so that elongated
+# images lose detail (cut them beforehand); brightness is scaled (official: shifted), contrast is
+# relative to the mean gray (official: per channel), saturation is changed without HSV; blur
+# reflects the border (official: zeros); training is in bfloat16 on CUDA (official: float32); the
+# target starts as a copy (official: from weights of its own, said to make no difference). A
+# residual block's last BN starts at 0 as in the official code, whose README says that the paper's
+# results were obtained without that.
 
 if __name__ == "__main__":
     from common import main

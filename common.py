@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import SAMPLESPERPIXEL
 from torch import cos, nn, sin, tanh
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -43,7 +44,7 @@ class Failure(Exception):
 def main(train, parse_args, argv=None):
     """Run `train(parse_args(argv))`. Exit status: 0; 1 after an error; 2 for wrong arguments
     (argparse's own); 130 after Ctrl-C. Errors other than `Failure` keep their traceback."""
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has it not
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's cannot be changed
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack τ or odd file names
     args = None
     try:
@@ -158,6 +159,9 @@ def parse_with_recipe(parser, recipes, argv=None):
         for name in "log.jsonl", "checkpoint.pth", "backbone.pth":
             if os.path.exists(f"{out}/{name}"):
                 raise Failure(f"--out {out} holds a run: add --resume, or choose another folder")
+    # A run that was stopped before its first save has left its log alone, and may start anew.
+    if os.path.exists(f"{out}/backbone.pth") and not os.path.exists(f"{out}/checkpoint.pth"):
+        raise Failure(f"--resume: {out} holds weights but no checkpoint.pth to go on from")
     return args
 
 
@@ -554,8 +558,8 @@ def find_sets(data):
 
 
 def median_side(images):
-    """-> median of the shorter sides, in pixels, of up to 100 of the images; and a list of what is
-    not read of such files."""
+    """-> median of the shorter sides, in pixels, of up to 100 of the images; and, in words, what
+    such files hold that is not read."""
     if images.pixels is not None:
         return images.pixels.shape[-1], []
     sides = []
@@ -565,7 +569,7 @@ def median_side(images):
             sides.append(min(image.size))
             if getattr(image, "n_frames", 1) > 1:
                 unread.add("pages beyond the first")
-            samples = image.tag_v2.get(277, 1) if image.format == "TIFF" else 1  # per pixel
+            samples = image.tag_v2.get(SAMPLESPERPIXEL, 1) if image.format == "TIFF" else 1
             if samples > 3 and image.mode != "CMYK":
                 unread.add("the fourth band")
     median = sorted(sides)[len(sides) // 2] if sides else 1
@@ -602,7 +606,10 @@ def decode(images, device):
     if unreadable:
         _, _, _, reason = images[unreadable[0]]
         kept = aspect.nonzero().flatten().tolist()
-        pixels, aspect = pixels[kept], aspect[kept]
+        for row, old in enumerate(kept):  # moved up in place: no second copy of the set
+            pixels[row] = pixels[old]
+        pixels = pixels[: len(kept)]
+        aspect = aspect[kept]
         images = images.subset(kept)
         images.left_out.append(f"{len(unreadable)} unreadable ({reason})")
     images.pixels = pixels.to(device)
@@ -649,8 +656,8 @@ def describe(images):
 
 def load_data(args, device):
     """-> (training, test) ImageSets, decoded if they fit into --memory; test is None where there is
-    nothing to evaluate on. Images keep the detail of a canvas 8/7 of the view (256 pixels for 224),
-    at least 64 pixels, and no larger than the median image."""
+    none. Images keep the detail of a canvas 8/7 of the view (256 pixels for 224), at least 64
+    pixels, and no larger than the median image."""
     if rank() == 0:
         sets = find_sets(args.data)  # it downloads for the others
     wait_for_all()
@@ -682,7 +689,7 @@ def load_data(args, device):
     for kind, images in zip(("training", "test"), sets):
         check_readable(images, device)
         say(f"{kind} images: {describe(images)}")
-    if len(sets) == 1 or sets[1].labels.max() < 0:
+    if len(sets) == 1:
         return sets[0], None
     return sets[0], sets[1]
 
@@ -829,9 +836,10 @@ def random_grayscale(x, p=0.2):
 
 
 def color_jitter(x, brightness, contrast, saturation, hue, p=0.8):
-    """Factors lie in 1 ± strength (at most 1), hue turns by ± strength (at most 1/2). The order of
-    the four operations is random, the same for the whole batch."""
-    strengths = brightness, contrast, saturation, hue
+    """Factors lie in 1 ± strength, hue turns by ± strength; strengths above 1 (hue: 1/2) count as
+    that, since a negative factor would invert the image. The order of the four operations is
+    random, the same for the whole batch."""
+    strengths = min(brightness, 1), min(contrast, 1), min(saturation, 1), min(hue, 0.5)
     # (B, 4) in [-1, 1]; 0 for images that are left as they are
     turns = uniform(len(x), 4, device=x.device, low=-1) * chosen(x, p).flatten(1)
     for i in torch.randperm(4).tolist():
@@ -1096,12 +1104,16 @@ def load_checkpoint(args, images, model, optimizer):
         raise Failure(f"--resume: the processes see different checkpoints in {args.out}, which "
                       "must be on a disk that all machines share")
     if saved is None:
-        if rank() == 0:  # of lines that were never saved
-            cut_log(f"{args.out}/log.jsonl", 0)
+        if rank() == 0:
+            cut_log(f"{args.out}/log.jsonl", 0)  # of a run that was stopped before its first save
         return 0
     if saved["images"] != images.fingerprint():
         raise Failure(f"{args.out} was trained on {saved['images']}, not {images.fingerprint()}")
-    for name in "recipe", "batch_size", "optimizer", "weight_decay":  # part of what is saved
+    data = str(saved["args"]["data"])
+    if images.items is not None and data.lower() != args.data.lower():  # their names are numbers
+        raise Failure(f"{args.out} was trained on {data}, not {args.data}")
+    # the saved step and optimizer mean something with these alone
+    for name in "recipe", "batch_size", "optimizer", "weight_decay":
         before = saved["args"].get(name)
         now = vars(args).get(name)
         if before != now:

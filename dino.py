@@ -315,7 +315,7 @@ def augment(images, aspect, size, crop_scale, jitter_strength, gray, blur, solar
     x = random_horizontal_flip(x, p=0.5)
     x = color_jitter(x, 0.4 * s, 0.4 * s, 0.2 * s, 0.1 * s, p=0.8)
     x = random_grayscale(x, p=gray)
-    x = gaussian_blur(x, p=blur, kernel_size=13, sigma=(0.1, 2.0))  # 13: 3 σ of the largest
+    x = gaussian_blur(x, p=blur, kernel_size=13, sigma=(0.1, 2.0))  # 3 of the largest σ a side
     x = random_solarize(x, p=solarize)
     return normalize(x)
 
@@ -471,8 +471,9 @@ def train(args):
             # None, not 0: with 0 the optimizer would still apply momentum and weight decay
             model.student["head"].last_layer.weight.grad = None
         optimizer.step()
-        entropy = teacher_entropy(teacher_logits, model.center, teacher_temperature)
         ema_update(model.teacher, model.student, ema_momentum)
+        # for the log, with the center that the loss has used: before it moves
+        entropy = teacher_entropy(teacher_logits, model.center, teacher_temperature)
         batch_mean = gather(teacher_logits.mean((0, 1))[None]).mean(0)  # of all processes
         update_center(model.center, batch_mean, args.center_momentum)
 
@@ -500,32 +501,32 @@ def train(args):
 
 
 RECIPES = {  # what differs between recipes; every other flag has a single default
-    "recipe":                    ("demo",         "cpu",      "cifar",     "imagenet"),
-    "arch":                      ("resnet8",      "resnet8",  "resnet18",  "vit_small"),
-    "patch_size":                (4,              4,          4,           16),
-    "image_size":                (32,             32,         32,          224),
-    "eval_size":                 (32,             32,         32,          224),
-    "epochs":                    (8,              20,         200,         100),
-    "warmup_epochs":             (1,              1,          10,          10),
-    "batch_size":                (32,             64,         256,         512),
-    "lr":                        (8e-3,           4e-3,       5e-4,        5e-4),
-    "weight_decay_end":          (0.04,           0.04,       0.4,         0.4),
-    "drop_path":                 (0.0,            0.0,        0.0,         0.1),
-    "local_views":               (0,              2,          8,           8),
-    "local_size":                (16,             16,         16,          96),
-    "crop_scale":                (0.5,            0.35,       0.4,         0.4),
-    "local_crop_scale":          (0.15,           0.15,       0.05,        0.05),
-    "jitter_strength":           (1.5,            1.0,        1.0,         1.0),
-    "gray":                      (0.8,            0.2,        0.2,         0.2),
-    "blur":                      (0.0,            0.0,        0.0,         1.0),
-    "solarize2":                 (0.0,            0.0,        0.2,         0.2),
-    "out_dim":                   (256,            256,        2048,        65536),
-    "hidden_dim":                (512,            512,        2048,        2048),
-    "head_bn":                   (True,           True,       True,        False),
-    "teacher_temperature":       (0.04,           0.04,       0.07,        0.07),
-    "temperature_warmup_epochs": (0,              0,          30,          30),
-    "ema_momentum":              (0.98,           0.99,       0.996,       0.996),
-    "freeze_epochs":             (0,              0,          1,           1),
+    "recipe":                    ("demo",     "cpu",      "cifar",     "imagenet"),
+    "arch":                      ("resnet8",  "resnet8",  "resnet18",  "vit_small"),
+    "patch_size":                (4,          4,          4,           16),
+    "image_size":                (32,         32,         32,          224),
+    "eval_size":                 (32,         32,         32,          224),
+    "epochs":                    (8,          20,         200,         100),
+    "warmup_epochs":             (1,          1,          10,          10),
+    "batch_size":                (32,         64,         256,         512),
+    "lr":                        (8e-3,       4e-3,       5e-4,        5e-4),
+    "weight_decay_end":          (0.04,       0.04,       0.4,         0.4),
+    "drop_path":                 (0.0,        0.0,        0.0,         0.1),
+    "local_views":               (0,          2,          8,           8),
+    "local_size":                (16,         16,         16,          96),
+    "crop_scale":                (0.5,        0.35,       0.4,         0.4),
+    "local_crop_scale":          (0.15,       0.15,       0.05,        0.05),
+    "jitter_strength":           (1.5,        1.0,        1.0,         1.0),
+    "gray":                      (0.8,        0.2,        0.2,         0.2),
+    "blur":                      (0.0,        0.0,        0.0,         1.0),
+    "solarize2":                 (0.0,        0.0,        0.2,         0.2),
+    "out_dim":                   (256,        256,        2048,        65536),
+    "hidden_dim":                (512,        512,        2048,        2048),
+    "head_bn":                   (True,       True,       True,        False),
+    "teacher_temperature":       (0.04,       0.04,       0.07,        0.07),
+    "temperature_warmup_epochs": (0,          0,          30,          30),
+    "ema_momentum":              (0.98,       0.99,       0.996,       0.996),
+    "freeze_epochs":             (0,          0,          1,           1),
 }
 
 
@@ -580,7 +581,7 @@ def parse_args(argv=None):
         if args.arch in VITS and size % args.patch_size != 0:
             parser.error(f"{flag} {size} is no multiple of --patch-size {args.patch_size}")
     if args.arch in VITS:
-        args.eval_size = args.image_size  # for which its positions are
+        args.eval_size = args.image_size  # for which its position embeddings are
     return args
 
 
@@ -588,12 +589,13 @@ def parse_args(argv=None):
 
 # Sources. imagenet: section 3.2 of the paper; batch (paper: 1024), number and scale of the crops,
 # stochastic depth, clipping and the frozen epoch are the defaults of facebookresearch/dino. By
-# default, and in its results after 100 epochs, that code keeps the teacher at 0.04. Its ResNet-50:
-# --arch resnet50 --optimizer sgd --lr 0.03 --weight-decay 1e-4 --weight-decay-end 1e-4 --crop-scale
-# 0.14 --teacher-temperature 0.04. cifar: the paper's values for ViTs, on a ResNet-18, with K and
-# the head's BN of lightly's CIFAR-10 benchmark; never run. demo: measured on the synthetic images.
-# What counts there is that most views lose their colors: else the classes that the teacher finds
-# are tints, with some seeds. Small crops gave less for their time there. cpu: standard values.
+# default, and in its results after 100 epochs, that code keeps the teacher's temperature at 0.04.
+# Its ResNet-50: --arch resnet50 --optimizer sgd --lr 0.03 --weight-decay 1e-4 --weight-decay-end
+# 1e-4 --crop-scale 0.14 --teacher-temperature 0.04. cifar: the paper's values for ViTs, on a
+# ResNet-18, with K and the head's BN of lightly's CIFAR-10 benchmark; never run. demo: measured on
+# the synthetic images. What counts there is that most views lose their colors: else the classes
+# that the teacher finds are tints, with some seeds. Small crops gave less for their time there.
+# cpu: standard values.
 #
 # Departures from the paper: none in the loss; crops are taken from a square canvas of 8/7 of the
 # view's side, so that elongated images lose detail (cut them beforehand). From the official code:

@@ -2,14 +2,14 @@
 """Jigsaw: the nine tiles of an image are shuffled; in which order are they?
 
 Noroozi and Favaro, "Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles"
-(2016, arXiv 1603.09246). With --task relative: on which of its eight sides is its neighbour?
-Doersch et al., "Unsupervised Visual Representation Learning by Context Prediction" (2015,
-arXiv 1505.05192).
+(2016, arXiv 1603.09246); --task relative: Doersch et al., "Unsupervised Visual Representation
+Learning by Context Prediction" (2015, arXiv 1505.05192).
 Survey family: context-based pretext task. What prevents collapse: the labels.
 
 An image is cut into 3 x 3 tiles, which are shuffled into one of a fixed set of orders. The backbone
 sees each tile by itself; a head that sees the features of all nine has to say which order it is. To
-know that an ear belongs above an eye, the backbone has to recognize the parts of objects.
+know that an ear belongs above an eye, the backbone has to recognize the parts of objects. The
+relative task shows the middle tile and one of its eight neighbours: which neighbour is it?
 
                     ┌─ tile ─ backbone ─ features ─ embed ─┐
         image ──────┼─ tile ─ backbone ─ features ─ embed ─┼─ concatenated ─ head ─ which order?
@@ -19,8 +19,8 @@ know that an ear belongs above an eye, the backbone has to recognize the parts o
 Run      python jigsaw.py                       demonstration: synthetic images, CPU, minutes
          python jigsaw.py --data path           a folder of images, or cifar10
          torchrun --nproc-per-node=8 jigsaw.py --data path
-Reuse    from jigsaw import Jigsaw, permutation_set, cut_tiles, shuffle, normalize_tiles
-         from jigsaw import jigsaw_loss         (needs torch only)
+Reuse    from jigsaw import (Jigsaw, permutation_set, cut_tiles, shuffle, normalize_tiles,
+                             jigsaw_loss)       (needs torch only)
          `train` shows one step, from the learning rate to optimizer.step().
 """
 
@@ -75,8 +75,9 @@ def normalize_tiles(tiles):
 class Jigsaw(nn.Module):
     """Backbone on each tile, and a head on all tiles of an image.
 
-    backbone: (B, 3, H, W) -> (B, feature_dim). orders (P, N): the set of P orders of N tiles that
-    the head tells apart. It is a buffer, so that it is saved with the weights that learned it.
+    backbone: (B, 3, H, W) -> (B, feature_dim). orders (P, N): the P orders that the head tells
+    apart; orders[k, n] is the place in the image of the n-th tile that is shown. They are a buffer,
+    so that they are saved with the weights that learned them.
     """
 
     def __init__(self, backbone, feature_dim, orders, tile_dim=1000, hidden_dim=4096):
@@ -190,9 +191,9 @@ def permutation_set(count, tiles, seed):
     """Permutations of the tiles that differ in many places -> (count, tiles), int64.
 
     Nobody could tell apart two orders that differ in two tiles only, if both of these show sky. The
-    search is greedy: the seed chooses the first permutation; each next one has, of all
-    permutations, the largest Hamming distance to the nearest of those chosen before it, and among
-    equals the largest sum of the distances to all of them.
+    search is greedy: the first permutation is random; each next one has, of all permutations, the
+    largest Hamming distance to the nearest of those chosen before it, and among equals the largest
+    sum of the distances to all of them. The seed decides the first, and what is still equal.
     """
     if not 1 <= count <= math.factorial(tiles):
         raise ValueError(f"{tiles} tiles have {math.factorial(tiles)} permutations, not {count}")
@@ -274,13 +275,13 @@ def train(args):
     warmup_steps = warmup_that_fits(round(args.warmup_epochs * steps_per_epoch), total_steps)
     peak_lr = args.lr * args.batch_size / 256
 
-    # Its stem is that for whole images, not for tiles: after training it is used on whole images.
+    # with the stem for whole images, not for tiles: after training it is used on whole images
     backbone = make_backbone(args.arch, args.image_size)
     untrained = copy.deepcopy(backbone)  # the report's baseline
     if args.init:
         load_backbone(args.init, network=backbone)
     if args.task == "jigsaw":
-        orders = permutation_set(args.permutations, 9, seed=0)
+        orders = permutation_set(args.permutations, 9, seed=0)  # the same with any --seed
     else:
         orders = relative_pairs()
     model = Jigsaw(backbone, backbone.feature_dim, orders, args.tile_dim, args.hidden_dim)
@@ -331,8 +332,8 @@ def train(args):
         if time.monotonic() - saved_at > SAVE_SECONDS:
             save_checkpoint(args, done, train_set, model, optimizer, backbone)
             saved_at = time.monotonic()
-        # How the network solves the puzzles of views.png; in the loop, since a finished run that is
-        # resumed has BN statistics of whole images.
+        # How the network solves the puzzles of views.png. Here, and not after the loop: when a
+        # finished run is resumed, its BN has the statistics of whole images.
         if done == total_steps:
             with torch.no_grad():
                 found = model.eval()(normalize_tiles(shown_tiles)).argmax(1)
@@ -383,7 +384,7 @@ def parse_args(argv=None):
         "largest square; paper: 1")
     add("--gray", type=float, help="fraction of images that lose their colors; paper: 0.3")
     add("--invert", type=float, help="fraction of images that are inverted; paper: 0")
-    add("--tile-dim", type=int, help="length of a tile's embedding; the official code: 1024")
+    add("--tile-dim", type=int, help="length of a tile's embedding; official code: 1024")
     add("--hidden-dim", type=int, help="width of the head's hidden layer; paper: 4096")
     args = parse_with_recipe(parser, RECIPES, argv)
     if args.tile_size > args.image_size // 3:

@@ -104,8 +104,9 @@ def extract_features(network, images, rows, image_size, device, stages=("",), wh
 
 @torch.no_grad()
 def calibrate_batch_norm(network, images, image_size, device, seed=0):
-    """Set the BN statistics of an untrained network to their mean over up to 8 batches. With the
-    initial 0 and 1 it would be too weak a baseline."""
+    """Set the BN statistics to their mean over up to 8 batches of whole images: those of an
+    untrained network, which with the initial 0 and 1 would be too weak a baseline, or of a network
+    that was trained on tiles."""
     network.eval()
     norms = [module for module in network.modules() if hasattr(module, "reset_running_stats")]
     if not norms:
@@ -251,8 +252,8 @@ def labelled_features(network, images, rows, image_size, device, stages=("",), w
 def quick_knn(network, train, test, image_size, device, sizes=(2000, 500), calibrate=False):
     """kNN accuracy in percent while training, with k = 20, on at most `sizes` training and test
     images; None without labels. It works on a copy of the network, and draws no random numbers.
-    calibrate: for an untrained network, see `calibrate_batch_norm`."""
-    if test is None or train.labels.max() < 0:
+    calibrate: see `calibrate_batch_norm`."""
+    if test is None or test.labels.max() < 0 or train.labels.max() < 0:
         return None
     network = copy.deepcopy(network).eval()
     if calibrate:
@@ -276,8 +277,9 @@ def evaluate(backbone, untrained, train, test, image_size, device, labels=1.0, s
              layers=False, mlp=False):
     """Prints and returns {name: accuracies} of "trained" (`backbone`), "random" (`untrained`) and
     "pixels"; also by stage ("trained layer1") and of an MLP ("trained, MLP"). With several
-    processes, only rank 0 has them. labels: the fraction of training labels to use."""
-    if test is None or (train.labels >= 0).sum() < 2:
+    processes, rank 0 alone has them, and the others get {}. labels: the fraction of training labels
+    to use."""
+    if test is None or test.labels.max() < 0 or (train.labels >= 0).sum() < 2:
         say("Nothing to evaluate on: try linear_probe.py --neighbours, or --data of class folders.")
         return {}
     pixels = nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Flatten(),  # 16 × 16 scores above 32 × 32
@@ -487,7 +489,7 @@ def load_backbone(path, image_size=None, arch=None, stem_padding=1, heads=None, 
     """-> a file's backbone, the same untrained, and the size of its images in pixels.
 
     Names and shapes tell what it is, or `arch` does, or it goes into this network. Every weight is
-    used, or reported as not used. Failure: it does not fit.
+    used, or reported as no part of the backbone. Failure: it does not fit.
     """
     checkpoint = common.read_file(path)
     ours = isinstance(checkpoint, dict) and "recipe" in checkpoint  # a checkpoint.pth
@@ -524,7 +526,8 @@ def load_backbone(path, image_size=None, arch=None, stem_padding=1, heads=None, 
         say(f"{path}: assuming {', '.join(assumed)}")
     if unused:
         parts = sorted({name.split(".")[0] for name in unused})
-        say(f"{path}: not used: {', '.join(parts)}")
+        say(f"{path}: not of the backbone: {', '.join(parts)}")
+    network.arch = arch  # None: names and shapes tell
     return network, untrained, image_size or 224
 
 
@@ -614,7 +617,8 @@ def evaluate_finetuning(backbone, untrained, report, train, test, image_size, de
 def save_classifier(classifier, args, images):
     """Write what `load_classifier` reads."""
     classifier.cpu()
-    network = {name: vars(args)[name] for name in ("image_size", "arch", "stem_padding", "heads")}
+    network = {"image_size": args.image_size, "arch": classifier[0].arch,
+               "stem_padding": args.stem_padding, "heads": args.heads}
     common.save_file(args.finetune, {
         "backbone": classifier[0].state_dict(), "head": classifier[1:].state_dict(),
         "network": network, "classes": images.classes, "side": images.side})

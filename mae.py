@@ -127,14 +127,15 @@ class ViT(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # a view, as a matrix
+        # as the linear layer that it amounts to; flatten shares the weight's memory
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
 
     def embed(self, images):
         """(B, 3, S, S) -> tokens of all patches, with their positions added: (B, N, C)."""
         return self.patch_embed(images) + self.pos_embed[:, 1:]
 
     def encode(self, tokens):
-        """Any n of these tokens -> outputs of the class token and of theirs: (B, n, C) ->
+        """The class token and any n of the tokens of `embed`, through all blocks: (B, n, C) ->
         (B, 1 + n, C)."""
         cls_token = self.cls_token + self.pos_embed[:, :1]
         cls_token = cls_token.expand(tokens.shape[0], -1, -1)
@@ -341,7 +342,9 @@ def save_reconstruction(args, model, images, device):
 
 
 def train(args):
-    """One view per image and step. Health: the loss is below `variance`, that of predicting 0."""
+    """One view per image and step. Health: the loss is below `variance`, which is the loss of
+    predicting 0: about 1 with norm_pix, else the mean of x², with simmim of |x|, over the pixels x
+    that are removed."""
     # Imported here, so that this file alone, copied elsewhere, can be imported without them.
     from common import (SAVE_SECONDS, autocast, batch_that_fits, batches, load_checkpoint,
                         load_data, log, log_knn, open_run, parallel, save_checkpoint, save_views,
@@ -372,7 +375,7 @@ def train(args):
     optimizer = make_optimizer(model, args.weight_decay)
     make_view = partial(augment, image_size=args.image_size, crop_scale=args.crop_scale)
     num_patches = (args.image_size // args.patch_size) ** 2
-    knn_sizes = 500, 200  # fewer than usual: kNN encodes whole images, a step only quarters
+    knn_sizes = 500, 200  # fewer than usual: kNN encodes all patches, a step only a quarter
 
     open_run(args)
     first_step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where to resume
@@ -470,9 +473,10 @@ def parse_args(argv=None):
 #
 # Departures from the paper: crops of small images are bilinear (official: bicubic everywhere);
 # crops are taken from a square canvas of 8/7 of the view's side, so that elongated images lose
-# detail (cut them beforehand). SimMIM removes single patches (paper: squares of 32 pixels), in this
-# ViT (paper: relative positions), without drop path, and with MAE's optimizer, schedule, crops and
-# mask ratio (official: --crop-scale 0.67 --mask-ratio 0.6).
+# detail (cut them beforehand); training is in bfloat16 on CUDA (official: float16). SimMIM removes
+# single patches (paper: squares of 32 pixels), in this ViT (paper: relative positions), without
+# drop path, and with MAE's optimizer, schedule, crops and mask ratio (official: --crop-scale 0.67
+# --mask-ratio 0.6).
 
 if __name__ == "__main__":
     from common import main

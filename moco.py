@@ -7,9 +7,9 @@ v1: He et al., "Momentum Contrast for Unsupervised Visual Representation Learnin
 Transformers" (2021, arXiv 2104.02057).
 Survey family: contrastive, negatives from a memory. What prevents collapse: the negatives.
 
-One view of an image gives the query, the other its key, and a softmax has to find this key among
-the keys of earlier batches, which wait in a queue. So the number of negatives does not depend on
-the batch size. Old and new keys can be compared because the network that makes them, the target,
+One view of an image gives the query, the other its key, and a softmax has to tell this key from the
+keys of earlier batches, which wait in a queue. So the number of negatives does not depend on the
+batch size. Old and new keys can be compared because the network that makes them, the target,
 changes slowly: it is a moving average of the trained one, the online network. v2 has a deeper
 projector and stronger augmentation. v3 has no queue: the negatives are the other keys of one large
 batch. It adds a predictor, and each view is the query once and the key once.
@@ -27,8 +27,13 @@ Run      python moco.py                         demonstration: synthetic images,
          python linear_probe.py --checkpoint runs/moco/backbone.pth --heads 12     for vit_small
 Reuse    from moco import MoCo, MoCoV3, ema_update, moco_loss, moco_v3_loss, make_vit
                                                      (needs torch and torchvision only)
-         `train` shows one step. Its order: ema_update, forward, moco_loss, backward,
-         optimizer.step, enqueue.
+         `train` shows one step. Its order: ema_update, shuffle_rows, forward, moco_loss,
+         backward, optimizer.step, enqueue; v3 has neither shuffle_rows nor enqueue. In a single
+         process, shuffle_rows is
+             order = torch.randperm(len(view2))
+             view2 = view2[order]
+         and after the forward pass key = key[order.argsort()]. Without it, BN may give the
+         positive away.
 """
 
 import copy
@@ -52,7 +57,7 @@ class MoCo(nn.Module):
     that BN normalizes separately.
     """
 
-    def __init__(self, backbone, feature_dim, proj_layers=2, proj_dim=128, queue_size=65536,
+    def __init__(self, backbone, feature_dim, proj_dim=128, proj_layers=2, queue_size=65536,
                  bn_groups=8):
         super().__init__()
         layers = []
@@ -77,12 +82,14 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, key):
-        """The newest keys (B, D) replace the oldest, in place: call it after the backward pass."""
+        """Replace the oldest keys of the queue by key (B, D), in place: call it after the backward
+        pass."""
         queue_size = len(self.queue)
-        key = key[-queue_size:]
-        rows = (self.queue_ptr + torch.arange(len(key), device=key.device)) % queue_size
+        key = key[-queue_size:]  # the last, if there are more than fit
+        batch_size = len(key)
+        rows = (self.queue_ptr + torch.arange(batch_size, device=key.device)) % queue_size
         self.queue[rows] = key
-        self.queue_ptr.copy_((self.queue_ptr + len(key)) % queue_size)
+        self.queue_ptr.copy_((self.queue_ptr + batch_size) % queue_size)
 
 
 class MoCoV3(nn.Module):
@@ -497,7 +504,7 @@ def train(args):
         loss.backward()
         optimizer.step()
         if args.version < 3:
-            found = positive_found(query, key, model.queue)
+            found = positive_found(query, key, model.queue)  # before these keys join the queue
             model.enqueue(key)
             average_statistics(model)
         else:

@@ -90,9 +90,9 @@ def augment(images, aspect, image_size, crop, invert):
     """uint8 images (B, 3, S, S), resized to squares, and aspect (B,), their original width / height
     -> views (B, 3, image_size, image_size), which are rotated afterwards.
 
-    crop: "shift" as in the official code for CIFAR, or "resized" as in theirs for ImageNet. invert:
-    the fraction of views that are inverted (not in the paper). In the synthetic images light falls
-    from above. Its direction alone would tell the rotation, if half of the views were not inverted.
+    crop: "shift" or "resized", as in the official code for CIFAR and for ImageNet. invert: the
+    fraction of views that are inverted (not in the paper). In the synthetic images light falls from
+    above. Its direction alone would tell the rotation, if half of the views were not inverted.
     """
     from common import normalize, random_horizontal_flip, random_resized_crop, random_solarize
 

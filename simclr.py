@@ -82,6 +82,7 @@ def simclr_loss(z1, z2, temperature):
 def positive_found(z1, z2):
     """Health: how often a first view's positive is the most similar of all second views. It should
     rise well above 1 / B, the chance level: (B, D), (B, D) -> scalar."""
+    # z1 is left as it is: its length does not change which z2 is nearest
     nearest = (z1 @ F.normalize(z2, dim=1).T).argmax(1)
     return (nearest == torch.arange(len(z1), device=z1.device)).float().mean()
 
@@ -346,11 +347,11 @@ def hard_negative_loss(z1, z2, temperature, positive_prior=0.1, concentration=1.
     """Hard negatives (2010.04592): debiased_loss, but in its mean over k exp(s_ik) has a weight
     ∝ exp(β s_ik), differentiated too. Concentration β = 0: debiased_loss; τ+ = 0 too: NT-Xent."""
     positives, negatives = positives_and_negatives(z1, z2, temperature)
-    # log g = log mean + log(1 - τ+ · positive / mean) - log(1 - τ+), at least -1/τ: all in
-    # logarithms, as exp(1/τ) may overflow
+    # False negatives, images of i's own class, make up a share of the mean: τ+ exp(s_i+) / mean.
+    # g = mean · (1 - share) / (1 - τ+), at least exp(-1/τ). All of it in logarithms, as exp(1/τ)
+    # may overflow.
     log_mean = ((concentration * negatives).log_softmax(1) + negatives).logsumexp(1)
-    # The share of the mean that is due to false negatives, images of i's own class.
-    log_share = positives - log_mean + math.log(max(positive_prior, 1e-300))
+    log_share = positives - log_mean + math.log(max(positive_prior, 1e-300))  # τ+ may be 0
     # From a share of 1 on, nothing is left of the mean: g is then its floor.
     log_share = log_share.clamp(max=-torch.finfo(z1.dtype).tiny)
     log_g = log_mean + (-torch.expm1(log_share)).log() - math.log(1 - positive_prior)
@@ -393,9 +394,9 @@ OTHER_LOSSES = {"infonce": infonce_loss, "nce": nce_loss, "flatnce": flatnce_los
 # small crops are bilinear (official: bicubic), large ones antialiased (official: not); crops are
 # taken from a square canvas of 8/7 of the view's side, so that elongated images lose detail (cut
 # them beforehand); contrast is relative to the mean gray (official: per channel), saturation is
-# changed without HSV; blur reflects the border (official: zeros); LARS keeps the rate outside the
-# momentum buffer; the loss is half the official one. In the official code only: a residual block's
-# last BN starts at 0.
+# changed without HSV; blur reflects the border (official: zeros); training is in bfloat16 on CUDA
+# (official: float32); LARS keeps the rate outside the momentum buffer; the loss is half the
+# official one. In the official code only: a residual block's last BN starts at 0.
 
 if __name__ == "__main__":
     from common import main

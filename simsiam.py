@@ -248,10 +248,11 @@ def parse_args(argv=None):
 # standard values.
 #
 # Departures from the paper: crops are taken from a square canvas of 8/7 of the view's side, so that
-# elongated images lose detail (cut them beforehand). From the official code: blur is a true
-# Gaussian (official: PIL's); the projector's last linear layer has no frozen bias, which the BN
-# after it would remove, and its hidden layers are as wide as z (official: as the features). As in
-# the paper's appendix, a residual block's last BN starts at 0. In the official code only: the
+# elongated images lose detail (cut them beforehand). From the official code: training is in
+# bfloat16 on CUDA (official: float32); the blur is a Gaussian, cut off at a twentieth of the side
+# (official: PIL's, made of box blurs); the projector's last linear layer has no frozen bias, which
+# the BN after it would remove, and its hidden layers are as wide as z (official: as the features).
+# As in the paper's appendix, a residual block's last BN starts at 0. In the official code only: the
 # projector's last BN has neither scale nor offset.
 
 if __name__ == "__main__":

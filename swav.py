@@ -9,7 +9,7 @@ Sinkhorn-Knopp, which gives each cluster an equal share of the images.
 Each image is cropped into two large and several small views (multi-crop), and each view is compared
 with K prototypes, the learned centers of the clusters. Sinkhorn-Knopp turns the scores of the large
 views into codes: soft assignments to the clusters, balanced so that over the batch all clusters are
-used equally. Every other view of the image then learns to predict a large view's code.
+used equally. The network then learns to predict a large view's code from every other view.
 
               ┌─ large view s ─ backbone ─ projector ─ z_s ─ scores ─ Sinkhorn ─ code q_s ─┐
         image ┤                 (shared)   (shared)           (prototypes)  no gradient    ├─ loss
@@ -108,19 +108,19 @@ def sinkhorn(scores, epsilon, iterations):
     without gradient.
 
     Codes are soft assignments of images to prototypes that use all prototypes equally, and that fit
-    the scores as well as this allows. With Q = codes / B, they maximize
+    the scores as well as this allows. With Q = codes / B (the paper's Q, transposed), they maximize
 
         Σ_ij Q_ij · scores_ij + ε H(Q),   H the entropy, which makes them soft,
 
     over all Q ≥ 0 whose rows sum to 1 / B (every image counts the same) and whose columns sum to
     1 / K (so does every prototype): equations 3 and 4 of the paper.
 
-    The maximum is exp(scores / ε) with each row and each column multiplied by a factor of its own
+    The solution is exp(scores / ε) with each row and each column multiplied by a factor of its own
     (equation 5). Sinkhorn-Knopp finds the factors: divide each column by its sum, then each row by
     its sum, which spoils the columns a little, and repeat. The code works on log Q, since exp can
-    overflow; dividing by a sum is then a log-softmax. That makes the sums 1 instead of 1 / K and
-    1 / B, a constant factor, which the next division removes. The rows come last, so that they sum
-    to 1 exactly; the columns' sums are only nearly equal after a few iterations.
+    overflow; dividing by a sum is then a log-softmax. Its sums are 1 instead of 1 / K and 1 / B:
+    one factor common to all of Q, which the next division removes. The rows come last, so that they
+    sum to 1 exactly; the columns' sums are only nearly equal after a few iterations.
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # at least float32
     log_q = scores / epsilon
@@ -174,7 +174,7 @@ def augment(images, aspect, size, crop_scale, jitter_strength, blur):
     x = random_horizontal_flip(x, p=0.5)
     x = color_jitter(x, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
     x = random_grayscale(x, p=0.2)
-    x = gaussian_blur(x, p=blur, kernel_size=13, sigma=(0.1, 2.0))  # 13: 3 σ of the largest
+    x = gaussian_blur(x, p=blur, kernel_size=13, sigma=(0.1, 2.0))  # 3 of the largest σ a side
     return normalize(x)
 
 
@@ -315,7 +315,7 @@ def train(args):
         model.normalize_prototypes()
         with autocast(device):
             z, scores = network(views)
-        # The codes have scores of their own: in float32, of all processes, and with the queue's.
+        # Sinkhorn gets scores of its own: in float32, of all processes, and with the queue.
         z1 = gather(z[0].detach().float())  # Sinkhorn balances the images of all processes
         z2 = gather(z[1].detach().float())
         large_z = torch.stack([z1, z2])
@@ -422,12 +422,14 @@ def parse_args(argv=None):
 # 75.3 % in 800 epochs. cifar: lightly's CIFAR-10 benchmark, with the authors' frozen first epoch.
 # demo: the best values measured on the synthetic images. cpu: standard values.
 #
-# Departures from the paper: LARS for the authors' LARC, which divides by |g| + weight_decay · |w|
-# (LARS: |g + weight_decay · w|); a warm-up starts near 0 (official code: at 1/16 of the peak); no
-# bias ahead of the projector's BN, which would cancel it; codes come from float32 scores (authors'
-# code: float16); blur is a true Gaussian (official code: PIL's three box filters); crops are taken
-# from a square canvas of 8/7 of the view's side, so that elongated images lose detail (cut them
-# beforehand).
+# Departures from the paper: prototypes are normalized before each forward pass, as in the official
+# code (paper: after each update, which differs at the first and the last step alone); LARS for the
+# official LARC, which divides by |g| + weight_decay · |w| (LARS: |g + weight_decay · w|); a warm-up
+# starts near 0 (official: at 1/16 of the peak); no bias ahead of the projector's BN, which would
+# cancel it; training is in bfloat16 on CUDA (official: float16), but codes come from float32
+# scores; blur is a true Gaussian, as in the authors' own runs, by OpenCV (the code published since:
+# PIL's); crops are taken from a square canvas of 8/7 of the view's side, so that elongated images
+# lose detail (cut them beforehand).
 
 if __name__ == "__main__":
     from common import main

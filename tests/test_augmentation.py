@@ -306,6 +306,15 @@ def test_factors_of_the_jitter_are_distributed_as_torchvisions():
         assert_same_distribution(values[changed], [p[f"{name}_factor"] for p in params])
 
 
+def test_jitter_above_its_strongest_counts_as_that():
+    """Else factors would be negative, and views black or inverted."""
+    x = make_floats(50, 8)
+    torch.manual_seed(0)
+    strongest = color_jitter(x, 1.0, 1.0, 1.0, 0.5)
+    torch.manual_seed(0)
+    assert torch.equal(color_jitter(x, 1.6, 1.2, 2.0, 0.8), strongest)
+
+
 def test_sigma_of_the_blur_is_distributed_as_torchvisions():
     """Read off an edge: the wider the blur, the grayer its neighbor."""
     blur = v2.GaussianBlur(3, (0.1, 2.0))

@@ -252,6 +252,16 @@ def test_what_is_left_of_a_run_is_not_overwritten(run, name):
     assert os.listdir("kept") == [name]
 
 
+def test_weights_without_their_checkpoint_are_not_overwritten(run):
+    """With --resume, either: the run cannot go on, and would begin again."""
+    Path("kept").mkdir()
+    Path("kept", "backbone.pth").write_bytes(b"of an earlier run")
+    Path("kept", "log.jsonl").write_text('{"step": 3, "report": {}}\n')
+    assert_one_line(run("--out", "kept", "--resume"), "kept holds weights but no checkpoint.pth")
+    assert Path("kept", "backbone.pth").read_bytes() == b"of an earlier run"
+    assert Path("kept", "log.jsonl").read_text() == '{"step": 3, "report": {}}\n'
+
+
 def test_help_is_shown_beside_a_kept_run(run):
     Path("kept").mkdir()
     Path("kept", "log.jsonl").touch()

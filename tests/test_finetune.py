@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import run_linear_probe
 from torch import nn
+from torchvision.models import ShuffleNetV2
 from torchvision.models.vision_transformer import VisionTransformer
 
 import common
@@ -415,6 +416,19 @@ def test_what_leaves_no_trace_in_the_weights_is_restored(flags, command, monkeyp
         assert classifier[0].conv1.padding == (2, 2)
     assert image_size == (48 if "--image-size" in flags else 32)
     assert classifier(torch.randn(2, 3, image_size, image_size)).shape == (2, 2)
+
+
+def test_the_network_that_a_checkpoint_names_is_restored(command, monkeypatch):
+    monkeypatch.setattr(linear_probe, "evaluate", lambda *args: {"trained": {}})
+    monkeypatch.setattr(linear_probe, "evaluate_finetuning",
+                        lambda backbone, *args: add_head(backbone, 2))
+    network = common.make_backbone("shufflenet_v2_x0_5", 48)
+    weights = {f"backbone.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"method": "simclr", "recipe": "demo", "step": 7, "model": weights,
+                "args": {"arch": "shufflenet_v2_x0_5", "image_size": 48}}, "backbone.pth")
+    assert command()[0] == 0
+    classifier, _, image_size, _ = load_classifier("classifier.pth")
+    assert type(classifier[0]) is ShuffleNetV2 and image_size == 48
 
 
 def test_a_streaming_set_with_unreadable_images(command):

@@ -106,7 +106,7 @@ LOOPS = {  # the model and the loss, as a user of torchvision writes them
     "simclr": ("SimCLR(backbone, 512)", "loss = simclr_loss(*model(view1, view2), 0.5)"),
     "moco": ("MoCo(backbone, 512, queue_size=8, bn_groups=2)",
              "query, key = model(view1, view2); loss = moco_loss(query, key, model.queue, 0.2)"),
-    "byol": ("BYOL(backbone, 512, 64)", "loss = byol_loss(*model(view1, view2))"),
+    "byol": ("BYOL(backbone, 512, hidden_dim=64)", "loss = byol_loss(*model(view1, view2))"),
     "simsiam": ("SimSiam(backbone, 512, 64)", "loss = simsiam_loss(*model(view1, view2))"),
     "swav": ("SwAV(backbone, 512, num_prototypes=16)", "z, scores = model([view1, view2]);"
              "loss = swav_loss(scores, [sinkhorn(s, 0.05, 3) for s in scores], 0.1)"),

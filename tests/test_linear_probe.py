@@ -4,6 +4,7 @@ import argparse
 import copy
 import itertools
 import math
+import os
 import random
 import re
 
@@ -476,7 +477,7 @@ def saved(value):
 W = small_resnet().state_dict()  # what an evaluation should find
 OTHER = small_resnet(seed=1).state_dict()  # what it should not
 HEAD = torch.zeros(4, 4)
-LAYOUTS = {  # name: the file, and what is not used
+LAYOUTS = {  # name: the file, and what is not of the backbone
     "torchvision": ({**W, "fc.weight": HEAD, "fc.bias": HEAD}, "fc"),
     "timm": ({"state_dict": {**W, "fc.weight": HEAD}, "state_dict_ema": OTHER},
              "fc, state_dict_ema"),
@@ -522,7 +523,7 @@ def test_a_resnet_of_every_layout(layout, capsys):
     assert size == 224
     expected = "file.pth: assuming --image-size 224\n"
     if unused is not None:
-        expected += f"file.pth: not used: {unused}\n"
+        expected += f"file.pth: not of the backbone: {unused}\n"
     assert capsys.readouterr().out == expected
     x = torch.randn(2, 3, 64, 64)
     expected = small_resnet()(x)
@@ -544,7 +545,7 @@ def test_a_checkpoint_of_ours(model, unused, capsys):
     assert size == 96
     assert_same_weights(backbone, small_resnet())
     first, second = capsys.readouterr().out.splitlines()
-    assert first == "file.pth: byol after 7 steps" and second == f"file.pth: not used: {unused}"
+    assert first == "file.pth: byol after 7 steps" and second == f"file.pth: not of the backbone: {unused}"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -645,7 +646,7 @@ def test_arch_names_another_network_of_torchvision(capsys):
     assert size == 32
     assert_same_weights(backbone, network)
     assert not torch.equal(untrained.conv1[0].weight, network.conv1[0].weight)
-    assert capsys.readouterr().out == "file.pth: not used: fc\n"
+    assert capsys.readouterr().out == "file.pth: not of the backbone: fc\n"
 
 
 def test_a_7x7_stem_as_init_for_small_views():
@@ -768,7 +769,7 @@ def slow_vit(weights, x, heads):
 
 V = vit_weights()
 OTHER_V = vit_weights(seed=1)
-VIT_LAYOUTS = {  # name: the file, and what is not used
+VIT_LAYOUTS = {  # name: the file, and what is not of the backbone
     "timm": ({**V, "head.weight": HEAD, "head.bias": HEAD}, "head"),
     "dino": ({"student": under("module.backbone.", OTHER_V),
               "teacher": {**under("backbone.", V), "head.last_layer.weight_g": HEAD},
@@ -798,7 +799,7 @@ def test_a_vit_of_every_layout(layout, capsys):
     assert size == 32
     assert capsys.readouterr().out == (
         "file.pth: assuming --heads 2, ImageNet's mean and std, --image-size 32\n"
-        f"file.pth: not used: {unused}\n")
+        f"file.pth: not of the backbone: {unused}\n")
     x = torch.randn(3, 3, 32, 32)
     expected = slow_vit(V, x, heads=2)
     close(backbone.eval()(x), expected)
@@ -1025,6 +1026,16 @@ def test_features_of_images_without_labels(command):
     names, labels, classes, _ = features_file()
     assert names == [f"images/train/cat/{i:03}.png" for i in range(12)]
     assert labels == [-1] * 12 and classes == []
+
+
+def test_features_of_test_images_without_labels(command):
+    for name in "cat", "dog":
+        os.rename(f"images/val/{name}", f"images/val/{name}-unsorted")
+    assert command("--features", "f.npz")[0] == 0
+    names, labels, classes, _ = features_file()
+    assert len(names) == 32 and classes == ["cat", "dog"]
+    assert labels == [0] * 12 + [1] * 12 + [-1] * 8
+    assert np.load("f.npz")["test"].tolist() == [False] * 24 + [True] * 8
 
 
 def test_neighbours(command):

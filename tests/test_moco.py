@@ -142,7 +142,7 @@ def kinds(mlp):
     (1, [nn.Linear]), (2, [nn.Linear, nn.ReLU, nn.Linear])])
 def test_projectors_of_v1_and_v2(proj_layers, expected):
     """With biases, without BN, and as wide as the features."""
-    projector = MoCo(nn.Flatten(), 12, proj_layers, proj_dim=5, queue_size=4).online[1]
+    projector = MoCo(nn.Flatten(), 12, 5, proj_layers, queue_size=4).online[1]
     assert kinds(projector) == expected
     for layer in projector:
         if isinstance(layer, nn.Linear):
@@ -177,7 +177,7 @@ def test_heads_of_v3_for_a_vit():
 def make_model(version):
     if version == 3:
         return MoCoV3(small_backbone(), 12, proj_dim=5, hidden_dim=7)
-    return MoCo(small_backbone(), 12, version, proj_dim=5, queue_size=4, bn_groups=2)
+    return MoCo(small_backbone(), 12, 5, version, queue_size=4, bn_groups=2)
 
 
 @pytest.mark.parametrize("version", [1, 2, 3])

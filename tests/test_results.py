@@ -285,8 +285,9 @@ def test_tables_of_a_few_runs(tmp_path):
 
 def test_table_of_fine_tuning(tmp_path):
     run = ("\n$ python linear_probe.py --checkpoint runs/{}/backbone.pth --data cifar10 "
-           "--labels {} --seed 0 --finetune classifier.pth\nlinear probe  {}  fine-tuned  60.0  trained (rate "
-           "0.001)\nlinear probe   9.5  fine-tuned  40.0  random (rate 0.003)\n90 s")
+           "--labels {} --seed 0 --finetune classifier.pth\n"
+           "linear probe  {}  fine-tuned  60.0  trained (rate 0.001)\n"
+           "linear probe   9.5  fine-tuned  40.0  random (rate 0.003)\n90 s")
     log = tmp_path / "log.txt"
     log.write_text("What it is\n" + run.format("simclr", "0.1", "50.0")
                    + run.format("simclr", "0.01", "30.0") + run.format("simclr", "0.1", "52.0"))
@@ -365,3 +366,28 @@ def test_a_run_is_made_kept_and_not_repeated(tmp_path, class_folders, monkeypatc
     record = json.loads((tmp_path / "kept" / "simclr-0" / "run.json").read_text())
     assert record["torch"] == torch.__version__ and record["wall_seconds"] > 0
     assert [name for name, _ in measure.missing("demo", tmp_path / "kept")] == ["simclr-1"]
+
+
+def test_after_ctrl_c_the_minutes_are_kept(tmp_path, class_folders, monkeypatch):
+    monkeypatch.setitem(measure.RUNS, "demo", [("simclr-0", f"simclr.py --data {class_folders}")])
+
+    def ctrl_c(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure.time, "sleep", ctrl_c)
+    args = measure.parse_args(["demo", "--results", str(tmp_path / "kept")])
+    assert measure.measure(args) == 0
+    assert not (tmp_path / "kept").exists()
+    record = json.loads(Path("runs/measure/simclr-0/run.json").read_text())
+    assert record["wall_seconds"] >= 0
+
+
+def test_a_finished_run_is_not_taken_for_a_new_one(tmp_path, monkeypatch, capsys):
+    """The folder of its results was removed, but its checkpoint is still there."""
+    monkeypatch.setattr(measure.subprocess, "Popen", lambda *args, **kwargs: None)
+    write_run(tmp_path, "simclr-0")
+    args = measure.parse_args(["demo", "--out", str(tmp_path)])
+    measure.start("simclr-0", "simclr.py --seed 0", args, threads=1)
+    measure.start("simclr-1", "simclr.py --seed 1", args, threads=1)
+    assert capsys.readouterr().out == (
+        f"simclr-0: {tmp_path / 'simclr-0'} has been trained; it is evaluated again\n")

@@ -504,6 +504,21 @@ def test_what_resume_cannot_change():
         assert contents() == before
 
 
+def test_a_run_does_not_go_on_with_another_set_of_torchvision(monkeypatch):
+    """Whose images have the same numbers for names."""
+    def fake(root, train, download):
+        return torchvision.datasets.FakeData(24, (3, 32, 32), num_classes=2)
+
+    for name in "CIFAR10", "CIFAR100":
+        monkeypatch.setattr(torchvision.datasets, name, fake)
+    stop_after(4, "simclr", "--data", "cifar10")
+    before = contents()
+    with pytest.raises(Failure, match="^run was trained on cifar10, not cifar100$"):
+        resume("simclr", "--data", "cifar100")
+    assert contents() == before
+    resume("simclr", "--data", "CIFAR10")
+
+
 def test_run_of_another_method():
     start("simclr")
     before = contents()

@@ -7,7 +7,8 @@
 
 PATH is CIFAR-10: a folder with train/ and test/, or cifar10, which torchvision downloads. A run is
 done when tests/results/<name>/log.jsonl ends with a report; run.json beside it has its command,
-hardware and minutes. One that was interrupted goes on from its last checkpoint.
+hardware and minutes. One that was interrupted goes on from its last checkpoint. To train one again,
+remove its folder in runs/measure as well.
 """
 
 import argparse
@@ -211,6 +212,8 @@ def start(name, command, args, threads):
     flags = [args.data if flag == "cifar10" else flag for flag in flags]
     out = args.out / name
     out.mkdir(parents=True, exist_ok=True)
+    if read_log(out):
+        print(f"{name}: {out} has been trained; it is evaluated again", flush=True)
     with open(args.out / f"{name}.txt", "a") as screen:
         return subprocess.Popen(
             [sys.executable, ROOT / script, *flags, "--out", out, "--resume"],
@@ -243,11 +246,11 @@ def measure(args):
     cores, facts = machine()
     threads = max(1, cores // args.jobs)
     facts = {**facts, "threads": threads, "jobs": args.jobs}
-    begin = time.monotonic()
+    deadline = time.monotonic() + 60 * args.minutes
     running = []  # name, command, process, its start
     failed = False
     while todo or running:
-        time_is_over = time.monotonic() - begin > 60 * args.minutes
+        time_is_over = time.monotonic() > deadline
         if time_is_over:
             todo = []
         while todo and len(running) < args.jobs:
@@ -261,8 +264,11 @@ def measure(args):
             if process.poll() is not None:
                 running.remove(run)
                 print(keep(name, command, time.monotonic() - since, args, facts), flush=True)
-                failed = failed or process.returncode > 0
-        time.sleep(0.2)
+                failed = failed or (process.returncode != 0 and not time_is_over)
+        try:
+            time.sleep(0.2)
+        except KeyboardInterrupt:  # as if the time were over: the minutes so far are kept
+            deadline = time.monotonic()
     print(f"{len(missing(args.group, args.results, args.only))} runs of {args.group} are missing")
     return 1 if failed else 0
 
@@ -310,14 +316,18 @@ def picture(args):
 
 
 def table(head, rows):
-    return "".join(f"| {' | '.join(row)} |\n" for row in
-                   [head.split("|"), ["---"] * len(head.split("|")), *rows])
+    """A table in Markdown. head: the names of its columns, separated by |."""
+    names = head.split("|")
+    lines = [names, ["---"] * len(names), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def span(values):
     """Mean and range, with one decimal; empty without values."""
-    if len(values) < 2:
-        return "".join(f"{v:.1f}" for v in values)
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
     return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
@@ -330,7 +340,10 @@ def best_stage(run):
 
 def accuracy(runs, name="trained", stage=False):
     """-> the cells of kNN and probe; stage: at the best stage of each trained network."""
-    found = [run["report"][f"{name} {best_stage(run)}" if stage else name] for run in runs]
+    found = []
+    for run in runs:
+        row = f"{name} {best_stage(run)}" if stage else name
+        found.append(run["report"][row])
     return [span([row[key] for row in found]) for key in ("knn", "probe")]
 
 
@@ -516,8 +529,8 @@ TABLES = {"demo": group_table, "unseen": unseen_table,
 
 
 def rewrite(text, runs):
-    """A page whose tables, each between `<!-- table: name -->` and `<!-- end -->`, are made anew,
-    and whose cells `<!-- score: method -->...<!-- -->` and `<!-- lines: method -->...<!-- -->`."""
+    """-> the page with what stands between its marks made anew: tables, `<!-- table: name -->` to
+    `<!-- end -->`; cells, `<!-- score: method -->` or `<!-- lines: method -->` to `<!-- -->`."""
     def new_table(match):
         return f"{match[1]}\n{TABLES[match[2]](runs)}\n{match[3]}"
 
