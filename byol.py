@@ -293,6 +293,7 @@ RECIPES = {  # what differs between recipes; every other flag has a single defau
     "ema_momentum":    (0.9,        0.98,       0.99,        0.9987),
     "hidden_dim":      (512,        512,        1024,        4096),
     "crop_scale":      (0.35,       0.2,        0.08,        0.08),
+    "jitter_strength": (1.25,       1.0,        1.0,         1.0),
     "blur1":           (0.0,        0.0,        0.0,         1.0),
     "blur2":           (0.0,        0.0,        0.0,         0.1),
     "solarize2":       (0.0,        0.0,        0.2,         0.2),
@@ -312,8 +313,7 @@ def parse_args(argv=None):
     add("--hidden-dim", type=int, help="width of projector and predictor; paper: 4096")
     add("--proj-dim", type=int, default=256, help="length of z and p; paper: 256")
     add("--crop-scale", type=float, help="smallest crop, fraction of the image's area; paper: 0.08")
-    add("--jitter-strength", type=float, default=1.0,
-        help="strength of the color jitter, s; paper: 1")
+    add("--jitter-strength", type=float, help="strength of the color jitter, s; paper: 1")
     add("--blur1", type=float, help="fraction of first views that are blurred; paper: 1")
     add("--blur2", type=float, help="fraction of second views that are blurred; paper: 0.1")
     add("--solarize2", type=float, help="fraction of second views that are solarized; paper: 0.2")
@@ -327,7 +327,8 @@ def parse_args(argv=None):
 # the paper's augmentation without blur and an average from 0.99, as in solo-learn; heads, SGD and
 # batch of lightly's CIFAR-10 benchmark, whose loss is a quarter of this one: hence a quarter of its
 # rate, and four times its decay. demo: measured on the synthetic images, where so few steps need a
-# fast target. cpu: standard values.
+# fast target; with a jitter of 1, contrast is what it groups images by, with some seeds. cpu:
+# standard values.
 #
 # Departures from the paper: small crops are bilinear (official: bicubic), large ones antialiased
 # (official: not); crops are taken from a square canvas of 8/7 of the view's side, so that elongated
