@@ -159,9 +159,10 @@ def parse_with_recipe(parser, recipes, argv=None):
         for name in "log.jsonl", "checkpoint.pth", "backbone.pth":
             if os.path.exists(f"{out}/{name}"):
                 raise Failure(f"--out {out} holds a run: add --resume, or choose another folder")
-    # A run that was stopped before its first save has left its log alone, and may start anew.
-    if os.path.exists(f"{out}/backbone.pth") and not os.path.exists(f"{out}/checkpoint.pth"):
-        raise Failure(f"--resume: {out} holds weights but no checkpoint.pth to go on from")
+    if args.resume and not os.path.exists(f"{out}/checkpoint.pth"):
+        # A run that was stopped before its first save has left its log alone, and may start anew.
+        if os.path.exists(f"{out}/backbone.pth"):
+            raise Failure(f"--resume: {out} holds weights but no checkpoint.pth to go on from")
     return args
 
 

@@ -379,7 +379,21 @@ def test_after_ctrl_c_the_minutes_are_kept(tmp_path, class_folders, monkeypatch)
     assert measure.measure(args) == 0
     assert not (tmp_path / "kept").exists()
     record = json.loads(Path("runs/measure/simclr-0/run.json").read_text())
-    assert record["wall_seconds"] >= 0
+    assert record["command"] == f"python simclr.py --data {class_folders}"
+    assert "wall_seconds" in record
+
+
+def test_a_run_that_the_system_has_killed_has_failed(tmp_path, monkeypatch):
+    class Killed:
+        returncode = -9
+
+        def poll(self):
+            return self.returncode
+
+    monkeypatch.setattr(measure, "start", lambda *args: Killed())
+    monkeypatch.setattr(measure, "keep", lambda *args: "")
+    monkeypatch.setitem(measure.RUNS, "demo", [("simclr-0", "simclr.py --seed 0")])
+    assert measure.measure(measure.parse_args(["demo", "--results", str(tmp_path)])) == 1
 
 
 def test_a_finished_run_is_not_taken_for_a_new_one(tmp_path, monkeypatch, capsys):
