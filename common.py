@@ -4,6 +4,7 @@ command line, processes, data, synthetic images, augmentation, backbones, the tr
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
@@ -16,7 +17,6 @@ from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
 from inspect import signature
-from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +72,7 @@ def what_is_saved(args):
     if not os.path.exists(path):
         return f"; nothing is saved yet: the first save comes after {SAVE_SECONDS} seconds"
     with suppress(Exception):  # whatever is wrong with the file, the run has been stopped
-        step = torch.load(path, mmap=True, weights_only=True)["step"]
+        step = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["step"]
         return f"; {out} holds the run after {step} steps: --resume --out {out} goes on"
     return ""
 
@@ -152,15 +152,14 @@ def parse_with_recipe(parser, recipes, argv=None):
         defaults = {name: row[column] for name, row in recipes.items()}
         if given.image_size and "eval_size" in recipes:
             defaults["eval_size"] = given.image_size  # the recipe's goes with the recipe's views
-    parser.set_defaults(**defaults)
-    parser.set_defaults(out=out)
+    parser.set_defaults(**defaults, out=out)
     args = parser.parse_args(argv)  # once more, with these defaults
     if out and not args.resume:
         for name in "log.jsonl", "checkpoint.pth", "backbone.pth":
             if os.path.exists(f"{out}/{name}"):
                 raise Failure(f"--out {out} holds a run: add --resume, or choose another folder")
     if args.resume and not os.path.exists(f"{out}/checkpoint.pth"):
-        # A run that was stopped before its first save has left its log alone, and may start anew.
+        # A run that was stopped before its first save has left only its log, and may start anew.
         if os.path.exists(f"{out}/backbone.pth"):
             raise Failure(f"--resume: {out} holds weights but no checkpoint.pth to go on from")
     return args
@@ -183,7 +182,7 @@ def choose_recipe(data, device):
     if not os.path.isdir(data):
         small_sets = "cifar10", "cifar100", "svhn", "mnist", "fashionmnist", "kmnist", "usps"
         return "cifar" if data.lower() in small_sets else "imagenet"
-    sides = list(islice(image_sides(data), 20))  # without a walk through a million files
+    sides = list(itertools.islice(image_sides(data), 20))  # without a walk through a million files
     return "cifar" if sides and max(sides) <= 64 else "imagenet"
 
 
@@ -558,8 +557,8 @@ def find_sets(data):
     return train, test
 
 
-def median_side(images):
-    """-> median of the shorter sides, in pixels, of up to 100 of the images; and, in words, what
+def read_headers(images):
+    """-> the median of the shorter sides, in pixels, of up to 100 of the images; and, in words, what
     such files hold that is not read."""
     if images.pixels is not None:
         return images.pixels.shape[-1], []
@@ -668,7 +667,7 @@ def load_data(args, device):
     if args.max_images:
         sets = [images.subset(sorted(hash_order(images.names)[: args.max_images]))
                 for images in sets]
-    median, unread = median_side(sets[0])
+    median, unread = read_headers(sets[0])
     sets[0].left_out += unread
     eval_size = getattr(args, "eval_size", None) or args.image_size
     largest_view = max(args.image_size, eval_size)
@@ -1024,7 +1023,7 @@ def open_run(args):
 
 def free_folder(method):
     """Make the next free folder in runs/ -> its name. Two runs may start at the same time."""
-    for number in count(1):
+    for number in itertools.count(1):
         out = f"runs/{method}" if number == 1 else f"runs/{method}-{number}"
         with suppress(FileExistsError):
             os.makedirs(out)
@@ -1049,7 +1048,8 @@ def warmup_that_fits(warmup_steps, total_steps):
 
 
 def read_file(path):
-    """torch.load that accepts only tensors and plain values."""
+    """torch.load of tensors and plain values alone, and of argparse's Namespace, in which official
+    files hold their arguments."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -1109,11 +1109,12 @@ def load_checkpoint(args, images, model, optimizer):
             cut_log(f"{args.out}/log.jsonl", 0)  # of a run that was stopped before its first save
         return 0
     if saved["images"] != images.fingerprint():
-        raise Failure(f"{args.out} was trained on {saved['images']}, not {images.fingerprint()}")
+        raise Failure(f"{args.out} was trained on {saved['images']}, not {images.fingerprint()} (a "
+                      "set that is too large for --memory counts unreadable images, too)")
     data = str(saved["args"]["data"])
     if images.items is not None and data.lower() != args.data.lower():  # their names are numbers
         raise Failure(f"{args.out} was trained on {data}, not {args.data}")
-    # the saved step and optimizer mean something with these alone
+    # under other ones, the saved step and optimizer would mean something else
     for name in "recipe", "batch_size", "optimizer", "weight_decay":
         before = saved["args"].get(name)
         now = vars(args).get(name)
@@ -1158,8 +1159,8 @@ def batches(images, args, first_step, device):
     steps_per_epoch = len(images) // args.batch_size
     share = args.batch_size // world_size()
 
-    def shares():
-        """This process's indices, for each step."""
+    def index_lists():
+        """Yields this process's indices (B/W,) for each step."""
         for epoch in range(first_step // steps_per_epoch, args.epochs):
             seed = 2**40 + args.seed * 1_000_003 + epoch  # far from the steps' seeds
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
@@ -1170,7 +1171,7 @@ def batches(images, args, first_step, device):
             steps_done = max(0, first_step - epoch * steps_per_epoch)  # of this epoch
             yield from order[steps_done:, rank()]
 
-    loaded = images.load(shares(), device, replace=True)
+    loaded = images.load(index_lists(), device, replace=True)
     for step, (pixels, aspect) in enumerate(loaded, first_step):
         seed = (args.seed + 1) * 1_000_003 + step  # other seeds overlap after 10⁶ steps
         torch.default_generator.manual_seed(seed)  # torch.manual_seed costs 100 times more
@@ -1221,13 +1222,13 @@ def write_log(args, line):
             file.write(json.dumps(line) + "\n")
 
 
-def example_rows(images, count=10):
-    """Indices of one image of each class; without labels, of images spread over the set."""
+def example_rows(images):
+    """Indices of one image of each of ten classes; without labels, of ten spread over the set."""
     labels = images.labels.tolist()
     classes = sorted({*labels} - {-1})
     if classes:
-        return torch.tensor([labels.index(label) for label in classes[:count]])
-    return torch.arange(0, len(images), math.ceil(len(images) / count))
+        return torch.tensor([labels.index(label) for label in classes[:10]])
+    return torch.arange(0, len(images), math.ceil(len(images) / 10))
 
 
 def examples(images, device):

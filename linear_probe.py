@@ -13,10 +13,12 @@ Run    python linear_probe.py --checkpoint runs/simclr/backbone.pth --data folde
 Images are normalized by ImageNet's mean and std. (Some of timm's ViTs were trained with 0.5 for
 both: their features are worse here. Wrap such a network in one that rescales its input.)
 
-Departures: papers train the probe by SGD on augmented views, and get up to one point more. In
-fine-tuning, they have recipes for each method and network. MAE's, of 100 epochs for a ViT-B, adds
-mixup, CutMix, RandAugment, random erasing, label smoothing, stochastic depth, smaller rates for
-earlier layers, and the mean over the patches in place of the class token.
+Departures: papers train the probe by SGD on augmented views, and get up to one point more. DINO's
+reads more of a ViT (the class tokens of the last four blocks, or the patches' mean, too), and its
+kNN has a temperature of 0.07 and the best of four k. In fine-tuning, papers have recipes for each
+method and network. MAE's, of 100 epochs for a ViT-B, adds mixup, CutMix, RandAugment, random
+erasing, label smoothing, stochastic depth, smaller rates for earlier layers, and the mean over the
+patches in place of the class token.
 """
 
 import argparse
@@ -196,9 +198,9 @@ def mlp_path(features, labels, classes):
             yield step, classifier
 
 
-def top1(classifier, features, labels):
-    """Accuracy in percent."""
-    return 100 * (classifier(features).argmax(1) == labels).sum().item() / len(labels)
+def top1(logits, labels):
+    """Accuracy in percent: (N, K), (N,) -> float."""
+    return 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
 
 
 def linear_probe(train_features, train_labels, test_features, test_labels, path=linear_path):
@@ -216,7 +218,7 @@ def linear_probe(train_features, train_labels, test_features, test_labels, path=
     held, rest = order.to(train_labels.device).tensor_split([max(1, len(order) // 10)])
     held_out = {}
     for setting, classifier in path(train_features[rest], train_labels[rest], classes):
-        held_out[setting] = top1(classifier, train_features[held], train_labels[held])
+        held_out[setting] = top1(classifier(train_features[held]), train_labels[held])
         chosen = max(held_out, key=held_out.get)  # the first of equals
         last_two = list(held_out)[-2:]
         if chosen not in last_two:  # neither of them was better
@@ -225,7 +227,7 @@ def linear_probe(train_features, train_labels, test_features, test_labels, path=
     for setting, classifier in path(train_features, train_labels, classes):
         if setting == chosen:
             break
-    return {"probe": top1(classifier, test_features, test_labels), "chosen": chosen,
+    return {"probe": top1(classifier(test_features), test_labels), "chosen": chosen,
             "held_out": held_out}
 
 
@@ -273,18 +275,18 @@ def report_row(name, vote, probe):
     return {"knn": vote, **probe}
 
 
-def evaluate(backbone, untrained, train, test, image_size, device, labels=1.0, seed=0,
+def evaluate(backbone, untrained, train, test, image_size, device, label_fraction=1.0, seed=0,
              layers=False, mlp=False):
     """Prints and returns {name: accuracies} of "trained" (`backbone`), "random" (`untrained`) and
     "pixels"; also by stage ("trained layer1") and of an MLP ("trained, MLP"). With several
-    processes, rank 0 alone has them, and the others get {}. labels: the fraction of training labels
-    to use."""
+    processes, rank 0 alone has them, and the others get {}. label_fraction: how much of each
+    class's training labels to use."""
     if test is None or test.labels.max() < 0 or (train.labels >= 0).sum() < 2:
         say("Nothing to evaluate on: try linear_probe.py --neighbours, or --data of class folders.")
         return {}
     pixels = nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Flatten(),  # 16 × 16 scores above 32 × 32
                            nn.BatchNorm1d(768, affine=False))  # standardizes
-    rows = labelled_rows(train, labels, seed)
+    rows = labelled_rows(train, label_fraction, seed)
     test_rows = labelled_rows(test, 1.0, seed)
     report = {}
     for kind, network in {"trained": backbone, "random": untrained, "pixels": pixels}.items():
@@ -350,6 +352,8 @@ TIMM_NAMES = {  # parts of timm's names, as patterns, and torchvision's
 }
 OUTPUT_LAYERS = (r"(fc|heads?|linear|classifier|proj\w*|pred\w*|decoder\w*|mask_token|prototypes|"
                  r"queue\w*|pre_logits)(\.|$)")  # which a backbone goes without
+# Attention heads of our own networks, where they are not one for each 64 dimensions.
+HEADS = {("moco", "vit_small"): 12, ("mae", "vit_huge"): 16}
 
 
 def timm_to_torchvision(weights):
@@ -402,6 +406,7 @@ def backbone_weights(found, network):
         if name.startswith(prefix):
             weights[name.removeprefix(prefix)] = tensor
         else:
+            # what is reported: the first part of the name that the prefix does not have
             parts = [part for part in name.split(".") if part not in prefix.split(".")]
             left_over.append(parts[0] if parts else name)
     return weights, left_over
@@ -498,6 +503,7 @@ def load_backbone(path, image_size=None, arch=None, stem_padding=1, heads=None, 
         args = checkpoint["args"]
         image_size = image_size or args.get("eval_size") or args["image_size"]
         arch = arch or args["arch"]
+        heads = heads or HEADS.get((checkpoint["method"], arch))
         say(f"{path}: {checkpoint['method']} after {checkpoint['step']} steps")
     if network is None and arch and not arch.startswith(("resnet", "vit_")):
         network = common.make_backbone(arch, image_size or 224)
@@ -521,13 +527,13 @@ def load_backbone(path, image_size=None, arch=None, stem_padding=1, heads=None, 
         lacking = "lacking " if isinstance(error, KeyError) else ""
         reason = " ".join(str(error).split())[:300]
         raise Failure(f"{path} does not fit a network that is known here: {lacking}{reason}")
-    is_our_resnet = ours and "conv1.weight" in weights  # its first layer is known
-    if assumed and not is_our_resnet:
+    if assumed and not ours:
         say(f"{path}: assuming {', '.join(assumed)}")
     if unused:
         parts = sorted({name.split(".")[0] for name in unused})
         say(f"{path}: not of the backbone: {', '.join(parts)}")
     network.arch = arch  # None: names and shapes tell
+    network.given_heads = heads  # of a ViT; None: one for each 64 dimensions
     return network, untrained, image_size or 224
 
 
@@ -587,18 +593,18 @@ def finetune_at_best_rate(network, images, rows, image_size, device, seed=0, nam
         classifier = finetune(network, images, rest, image_size, device, rate, steps, seed,
                               f"{name}, trying rate {rate:g}")
         (logits,), y = labelled_features(classifier, images, held, image_size, device)
-        held_out[rate] = top1(nn.Identity(), logits, y)
+        held_out[rate] = top1(logits, y)
     chosen = max(held_out, key=held_out.get)  # the first of equals
     classifier = finetune(network, images, rows, image_size, device, chosen, steps, seed,
                           f"{name}, rate {chosen:g}")
     return classifier, chosen
 
 
-def evaluate_finetuning(backbone, untrained, report, train, test, image_size, device, labels=1.0,
-                        seed=0):
+def evaluate_finetuning(backbone, untrained, report, train, test, image_size, device,
+                        label_fraction=1.0, seed=0):
     """Fine-tunes both networks, and prints their accuracies beside the linear probe's in `report`,
     which is `evaluate`'s -> the backbone's classifier."""
-    rows = labelled_rows(train, labels, seed)
+    rows = labelled_rows(train, label_fraction, seed)
     test_rows = labelled_rows(test, 1.0, seed)
     classifiers = {}
     for name, network in {"trained": backbone, "random": untrained}.items():
@@ -606,7 +612,7 @@ def evaluate_finetuning(backbone, untrained, report, train, test, image_size, de
                                                  name)
         (logits,), y = labelled_features(classifier, test, test_rows, image_size, device,
                                          what=f"test images, {name}")
-        accuracy = top1(nn.Identity(), logits, y)
+        accuracy = top1(logits, y)
         say(f"linear probe {report[name]['probe']:5.1f}  fine-tuned {accuracy:5.1f}  {name} "
             f"(rate {rate:g})")
         classifiers[name] = classifier
@@ -618,7 +624,7 @@ def save_classifier(classifier, args, images):
     """Write what `load_classifier` reads."""
     classifier.cpu()
     network = {"image_size": args.image_size, "arch": classifier[0].arch,
-               "stem_padding": args.stem_padding, "heads": args.heads}
+               "stem_padding": args.stem_padding, "heads": classifier[0].given_heads}
     common.save_file(args.finetune, {
         "backbone": classifier[0].state_dict(), "head": classifier[1:].state_dict(),
         "network": network, "classes": images.classes, "side": images.side})
@@ -657,7 +663,7 @@ def save_features(backbone, sets, image_size, device, path):
     features = torch.cat(features).numpy()
     labels = torch.cat(labels).numpy()
     order = np.arange(len(names))
-    if sets[0].items is None:  # files
+    if sets[0].items is None:  # not a set of torchvision, whose order is that of its indices
         order = np.argsort(names)
     if rank() == 0:
         with open(path, "wb") as file:

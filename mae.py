@@ -471,12 +471,12 @@ def parse_args(argv=None):
 # of IcarusWizard/MAE (there patches of 2 pixels, 3 heads in the decoder, learned positions); the
 # rest is ours and not measured. demo: measured on the synthetic images. cpu: standard values.
 #
-# Departures from the paper: crops of small images are bilinear (official: bicubic everywhere);
-# crops are taken from a square canvas of 8/7 of the view's side, so that elongated images lose
-# detail (cut them beforehand); training is in bfloat16 on CUDA (official: float16). SimMIM removes
-# single patches (paper: squares of 32 pixels), in this ViT (paper: relative positions), without
-# drop path, and with MAE's optimizer, schedule, crops and mask ratio (official: --crop-scale 0.67
-# --mask-ratio 0.6).
+# Departures from the paper: views of at most 64 pixels are resized bilinearly (official: bicubic);
+# crops are taken from a square canvas of 8/7 of the view's side (official: from the whole image),
+# so that small crops are less sharp, and elongated images lose more (cut them beforehand); training
+# is in bfloat16 on CUDA (official: float16). SimMIM removes single patches (paper: squares of 32
+# pixels), in this ViT (paper: relative positions), without drop path, and with MAE's optimizer,
+# schedule, crops and mask ratio (official: --crop-scale 0.67 --mask-ratio 0.6).
 
 if __name__ == "__main__":
     from common import main

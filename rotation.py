@@ -280,8 +280,8 @@ def parse_args(argv=None):
 #
 # Departures from the paper: ResNets (paper: NIN and AlexNet), with one linear layer on the pooled
 # features; pixels are normalized by ImageNet's mean and std on CIFAR, too; crops are taken from a
-# square canvas of 8/7 of the view's side, so that elongated images lose detail (cut them
-# beforehand).
+# square canvas of 8/7 of the view's side (official: from the whole image), so that small crops are
+# less sharp, and elongated images lose more (cut them beforehand); training is in bfloat16 on CUDA.
 #
 # The last layers know most about rotations, but middle ones more about objects: the paper takes the
 # features of the second of four blocks. With mmselfsup's ResNet-50, linear probes of the third and

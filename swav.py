@@ -14,14 +14,21 @@ used equally. The network then learns to predict a large view's code from every 
               ┌─ large view s ─ backbone ─ projector ─ z_s ─ scores ─ Sinkhorn ─ code q_s ─┐
         image ┤                 (shared)   (shared)           (prototypes)  no gradient    ├─ loss
               ├─ large view t ─ backbone ─ projector ─ z_t ─ scores ─ softmax ─ p_t ───────┘
-              └─ small views   (likewise)  └─ z of unit length     and s, t swapped
-                                 └─ used after training
+              │                        └─ used after training      and s, t swapped
+              └─ small views: like view t, in its place
 
 Run      python swav.py                         demonstration: synthetic images, CPU, minutes
          python swav.py --data path             a folder of images, or cifar10
          torchrun --nproc-per-node=8 swav.py --data path
 Reuse    from swav import SwAV, sinkhorn, swav_loss, LARS, cosine_schedule    (needs torch only)
-         `train` shows one step; normalize_prototypes comes before each forward pass.
+         `train` shows one step. In a single process, without the queue, it is
+             model.normalize_prototypes()
+             z, scores = model(views)  # a list of views, the two large ones first
+             codes = [sinkhorn(view_scores, epsilon=0.05, iterations=3)
+                      for view_scores in model.scores_for_codes(z[:2].detach(), use_queue=False)]
+             loss = swav_loss(scores, codes, temperature=0.1)
+         With the queue, call enqueue(z[:2].detach()) after optimizer.step(); once it is full,
+         use_queue is True, and only the first B rows of the codes are this batch's.
 """
 
 import copy
@@ -428,8 +435,9 @@ def parse_args(argv=None):
 # starts near 0 (official: at 1/16 of the peak); no bias ahead of the projector's BN, which would
 # cancel it; training is in bfloat16 on CUDA (official: float16), but codes come from float32
 # scores; blur is a true Gaussian, as in the authors' own runs, by OpenCV (the code published since:
-# PIL's); crops are taken from a square canvas of 8/7 of the view's side, so that elongated images
-# lose detail (cut them beforehand).
+# PIL's); crops are taken from a square canvas of 8/7 of the view's side (official: from the whole
+# image), so that small crops are less sharp, and elongated images lose more (cut them beforehand);
+# a small view, of 5 to 14 % of the area, comes from 57 to 96 pixels of the canvas.
 
 if __name__ == "__main__":
     from common import main

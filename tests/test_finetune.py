@@ -14,6 +14,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 import common
 import linear_probe
 import mae
+import moco
 from common import center_view
 from linear_probe import (add_head, evaluate, evaluate_finetuning, finetune, finetune_at_best_rate,
                           labelled_rows, load_backbone, load_classifier)
@@ -277,9 +278,9 @@ def test_both_networks_are_compared_on_the_test_images(capsys):
     test = pattern_images(30, seed=1)
     test.labels[::3] = -1
     backbone, untrained = small_network(), small_network(seed=1)
-    report = evaluate(backbone, untrained, train, test, 32, CPU, labels=0.5, seed=3)
+    report = evaluate(backbone, untrained, train, test, 32, CPU, label_fraction=0.5, seed=3)
     capsys.readouterr()
-    classifier = evaluate_finetuning(backbone, untrained, report, train, test, 32, CPU, labels=0.5,
+    classifier = evaluate_finetuning(backbone, untrained, report, train, test, 32, CPU, label_fraction=0.5,
                                      seed=3)
     printed = capsys.readouterr().out.splitlines()
     rows = labelled_rows(train, 0.5, seed=3)
@@ -429,6 +430,19 @@ def test_the_network_that_a_checkpoint_names_is_restored(command, monkeypatch):
     assert command()[0] == 0
     classifier, _, image_size, _ = load_classifier("classifier.pth")
     assert type(classifier[0]) is ShuffleNetV2 and image_size == 48
+
+
+def test_the_heads_of_a_checkpoint_are_restored(command, monkeypatch):
+    monkeypatch.setattr(linear_probe, "evaluate", lambda *args: {"trained": {}})
+    monkeypatch.setattr(linear_probe, "evaluate_finetuning",
+                        lambda backbone, *args: add_head(backbone, 2))
+    weights = {f"online.0.{name}": value for name, value in moco.make_vit("vit_small", 32)
+               .state_dict().items()}
+    torch.save({"method": "moco", "recipe": "imagenet-v3-vit", "step": 7, "model": weights,
+                "args": {"arch": "vit_small", "image_size": 32}}, "backbone.pth")
+    assert command()[0] == 0
+    classifier, _, _, _ = load_classifier("classifier.pth")
+    assert classifier[0].encoder.layers[0].self_attention.num_heads == 12
 
 
 def test_a_streaming_set_with_unreadable_images(command):

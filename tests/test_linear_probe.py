@@ -21,7 +21,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import VisionTransformer
 
 import common
+import dino
 import linear_probe
+import mae
+import moco
 from common import Failure, ImageSet, center_view
 from linear_probe import (calibrate_batch_norm, evaluate, extract_features, knn, labelled_features,
                           labelled_rows, linear_path, load_backbone, mlp_path, quick_knn,
@@ -827,6 +830,24 @@ def test_heads_change_the_features(capsys):
     close(six.eval()(x), slow_vit(weights, x, heads=6), 1e-4)
     close(twelve.eval()(x), slow_vit(weights, x, heads=12), 1e-4)
     assert not torch.allclose(six(x), twelve(x), atol=0.1)
+
+
+@torch.no_grad()
+def test_heads_of_our_own_vits_are_known(capsys):
+    weights = vit_weights(dim=384, depth=1)
+    x = torch.randn(2, 3, 32, 32)
+    model = under("online.0.", weights)
+    ours = {"recipe": "imagenet-v3-vit", "step": 7, "args": {"image_size": 32, "arch": "vit_small"}}
+    for method, heads in ("moco", 12), ("dino", 6):
+        backbone, _, _ = load_backbone(saved({**ours, "method": method, "model": model}))
+        assert "assuming" not in capsys.readouterr().out
+        close(backbone.eval()(x), slow_vit(weights, x, heads), 1e-4)
+
+
+@pytest.mark.parametrize("module", [dino, mae, moco])
+def test_the_table_of_heads_is_that_of_the_methods(module):
+    for arch, (dim, _, num_heads) in module.VITS.items():
+        assert linear_probe.HEADS.get((module.__name__, arch), dim // 64) == num_heads
 
 
 def test_heads_that_do_not_fit():

@@ -605,6 +605,18 @@ def test_augmentations_are_those_of_the_papers(recipe, blurs, solarized, operati
     assert operations[: len(expected)] == expected  # then come the views of the kNN
 
 
+@pytest.mark.parametrize("recipe", ["imagenet-v1", "imagenet", "imagenet-v3"])
+def test_jitter_strength_scales_all_four(recipe, operations, class_folders):
+    flags = ("--data images -a resnet8 --image-size 32 --queue-size 8 --hidden-dim 8 -b 8 "
+             "--epochs 0 --jitter-strength 0.5")
+    moco.train(moco.parse_args([*flags.split(), "--recipe", recipe]))
+    drawn = next(settings for name, settings in operations if name == "color_jitter")
+    _, whole = next(operation for operation in COLORS[recipe] if operation[0] == "color_jitter")
+    for name in "brightness", "contrast", "saturation", "hue":
+        assert drawn[name] == whole[name] / 2
+    assert drawn["p"] == whole["p"]
+
+
 @pytest.mark.parametrize("recipe, version", [
     ("demo", 2), ("cpu", 2), ("cifar", 2), ("imagenet", 2), ("imagenet-v1", 1), ("imagenet-v3", 3),
     ("imagenet-v3-vit", 3)])
