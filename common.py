@@ -1223,7 +1223,7 @@ def write_log(args, line):
 
 
 def example_rows(images):
-    """Indices of one image of each of ten classes; without labels, of ten spread over the set."""
+    """Indices of an image of each of ten classes; without labels, of ten spread over the set."""
     labels = images.labels.tolist()
     classes = sorted({*labels} - {-1})
     if classes:

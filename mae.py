@@ -467,9 +467,10 @@ def parse_args(argv=None):
 
 # ------------------------------------------------------------------------- sources and departures
 
-# Sources. imagenet: the paper and facebookresearch/mae (batch there 4096). cifar: widths and depths
-# of IcarusWizard/MAE (there patches of 2 pixels, 3 heads in the decoder, learned positions); the
-# rest is ours and not measured. demo: measured on the synthetic images. cpu: standard values.
+# Sources. imagenet: the paper and facebookresearch/mae (batch there 4096); mmselfsup's 800 epochs
+# of a ViT-B have a linear probe of 65.1 %, and 83.3 fine-tuned. cifar: widths and depths of
+# IcarusWizard/MAE (there patches of 2 pixels, 3 heads in the decoder, learned positions); the rest
+# is ours and not measured. demo: measured on the synthetic images. cpu: standard values.
 #
 # Departures from the paper: views of at most 64 pixels are resized bilinearly (official: bicubic);
 # crops are taken from a square canvas of 8/7 of the view's side (official: from the whole image),

@@ -39,7 +39,6 @@ from timeit import default_timer as clock, repeat
 from unittest import mock
 
 import torch
-from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
@@ -131,9 +130,11 @@ def script(method, flags, batch=None, steps=None, processes=0):
     begin = clock()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
-            with suppress(OSError, IndexError):  # not ru_maxrss, which starts at the parent's
-                status = Path(f"/proc/{process.pid}/status").read_text()
-                found["memory"]["peak, MiB"] = int(status.split("VmHWM:")[1].split()[0]) / 1024
+            if not processes:  # under torchrun, this one only starts the others
+                with suppress(OSError, IndexError):  # not ru_maxrss, which starts at the parent's
+                    status = Path(f"/proc/{process.pid}/status").read_text()
+                    peak = int(status.split("VmHWM:")[1].split()[0])  # in KiB
+                    found["memory"]["peak, MiB"] = peak / 1024
             if "step 1/" in line:
                 found["first step, s"] = clock() - begin
             if steps and f"step {steps}/" in line:

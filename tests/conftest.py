@@ -1,8 +1,11 @@
 """What all tests share: one thread, a folder of their own, small image folders, processes."""
 
 import inspect
+import os
 import sys
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests are of the CPU; of a GPU: gpu_checks.py
 
 import pytest
 import torch
@@ -70,8 +73,11 @@ def refusal(capsys):
 @pytest.fixture
 def class_folders(tmp_path):
     """train/ and val/ with two classes: 24 and 8 images of 32 x 32."""
-    for seed, (split, name) in enumerate((s, c) for s in ("train", "val") for c in ("cat", "dog")):
-        write_images(tmp_path / "images" / split / name, 12 if split == "train" else 4, seed=seed)
+    seed = 0
+    for split, count in ("train", 12), ("val", 4):
+        for name in "cat", "dog":
+            write_images(tmp_path / "images" / split / name, count, seed=seed)
+            seed += 1
     return tmp_path / "images"
 
 

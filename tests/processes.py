@@ -15,7 +15,8 @@ _groups = {}  # by their number of processes
 
 
 def _serve(rank, world, port, tasks, results):
-    parent, folder = multiprocessing.parent_process(), os.getcwd()
+    parent = multiprocessing.parent_process()
+    folder = os.getcwd()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
@@ -24,32 +25,38 @@ def _serve(rank, world, port, tasks, results):
         function, arguments = tasks.get()
         os.chdir(folder)
         torch.manual_seed(0)
+        value = None
+        error = None
         try:
-            value, error = function(*arguments), None
+            value = function(*arguments)
         except Exception:
-            value, error = None, traceback.format_exc()
+            error = traceback.format_exc()
         results.put((rank, value, error, dist.is_initialized()))
 
 
 class Group:
     def __init__(self, world):
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.tasks, self.results = [_context.Queue() for _ in range(world)], _context.Queue()
-        self.processes = [_context.Process(target=_serve, args=(
-            rank, world, self.store.port, tasks, self.results))
-            for rank, tasks in enumerate(self.tasks)]
-        for process in self.processes:
+        self.tasks = [_context.Queue() for _ in range(world)]
+        self.results = _context.Queue()
+        self.processes = []
+        for rank, tasks in enumerate(self.tasks):
+            arguments = rank, world, self.store.port, tasks, self.results
+            process = _context.Process(target=_serve, args=arguments)
             process.start()
+            self.processes.append(process)
 
     def run(self, task):
         """-> the values in rank order, and whether the group can go on."""
         for tasks in self.tasks:
             tasks.put(task)
-        values, usable = {}, True
+        values = {}
+        usable = True
         for _ in self.tasks:
             rank, values[rank], error, alive = self.results.get(timeout=120)
             assert not error, error  # the others may wait for the one that failed
-            usable &= alive
+            if not alive:
+                usable = False
         return [values[rank] for rank in sorted(values)], usable
 
     def end(self):
@@ -66,7 +73,10 @@ def end_all():
 
 def run_processes(world, function, *arguments):
     """[function(*arguments) in each of `world` processes], in rank order."""
-    group, usable = _groups.pop(world, None) or Group(world), False
+    group = _groups.pop(world, None)
+    if group is None:
+        group = Group(world)
+    usable = False  # if the task fails
     try:
         values, usable = group.run((function, arguments))
     finally:

@@ -14,7 +14,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x):
         if not self.training or self.momentum is None:  # calibrated on images that all have
             return super().forward(x)
-        dims, count = [0, *range(2, x.dim())], x.numel() // x.shape[1] * common.world_size()
+        dims = [0, *range(2, x.dim())]
+        count = x.numel() // x.shape[1] * common.world_size()  # of all processes
         mean = common.all_sum(x.sum(dims, keepdim=True)) / count
         x = x - mean
         var = common.all_sum(x.square().sum(dims, keepdim=True)) / count
@@ -23,7 +24,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.running_mean.lerp_(mean.flatten(), self.momentum)
             self.running_var.lerp_(var.flatten() * count / (count - 1), self.momentum)
         x = x * (var + self.eps).rsqrt()
-        return x * self.weight.view_as(mean) + self.bias.view_as(mean) if self.affine else x
+        if not self.affine:
+            return x
+        return x * self.weight.view_as(mean) + self.bias.view_as(mean)
 
 
 def convert(model):

@@ -236,13 +236,6 @@ def test_of_two_runs_with_the_same_out_one_is_refused():
     assert open_run("new/run", resume=True) == "new/run"
 
 
-def test_a_run_is_not_overwritten(run, class_folders):
-    assert run("--out", "run")[0] == 0
-    before = [path.read_bytes() for path in sorted(Path("run").iterdir())]
-    assert_one_line(run("--out", "run"), "--out run holds a run")
-    assert [path.read_bytes() for path in sorted(Path("run").iterdir())] == before
-
-
 @pytest.mark.parametrize("name", ["log.jsonl", "checkpoint.pth", "backbone.pth"])
 def test_what_is_left_of_a_run_is_not_overwritten(run, name):
     Path("kept").mkdir()

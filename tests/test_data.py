@@ -12,10 +12,8 @@ import torch
 import torchvision
 from conftest import write_images
 from PIL import Image
-from torch import nn
 
 import common
-import linear_probe
 import simclr
 from common import Failure, find_sets, to_square
 
@@ -98,7 +96,7 @@ def test_transparent_is_on_white(mode):
 
 @pytest.mark.parametrize("name, options", [
     ("x.png", {}), ("x.gif", {}), ("x.webp", {"lossless": True})])
-def test_half_transparent_is_half_white(name, options):
+def test_the_transparent_half_becomes_white(name, options):
     image = Image.new("RGBA", (16, 16), (255, 0, 0, 255))
     image.paste((0, 0, 255, 0), (0, 0, 8, 16))
     image.save(name, **options)
@@ -634,20 +632,22 @@ def test_an_image_lost_while_streaming_is_replaced_by_the_next(capsys, class_fol
     assert "'cat/003.png': cannot identify image" in capsys.readouterr().out
 
 
-def test_an_image_lost_while_streaming_is_not_evaluated(class_folders):
-    train, _ = load(memory=0)
-    Path("images/train/cat/003.png").unlink()
-    rows = torch.tensor([2, 3, 20])
-    network = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())
-    (features,), labels = linear_probe.labelled_features(network, train, rows, 32, CPU)
-    assert len(features) == 2 and labels.tolist() == [0, 1]
-
-
 def test_a_set_lost_while_streaming_ends_the_run(class_folders):
     train, _ = load(memory=0)
     os.rename("images", "elsewhere")
     with pytest.raises(Failure, match="images/train: 20 images in a row cannot be read"):
         next(train.load([torch.tensor([3, 7])], CPU, replace=True))
+
+
+def test_progress_of_long_work(monkeypatch):
+    """Four items of four seconds each: a line once five seconds have passed since the last."""
+    now = [0.0]
+    said = []
+    monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(common, "say", said.append)
+    for _ in common.progress(range(4), "decoding", 4):
+        now[0] += 4
+    assert said == ["decoding: 50%, 0:00:08 left", "decoding: 100%, 0:00:00 left"]
 
 
 # ---- synthetic images
@@ -668,3 +668,6 @@ def test_synthetic_images():
     assert len({image.numpy().tobytes() for image in [*train.pixels, *test.pixels]}) == 6000
     means = [train.pixels[train.labels == c].float().mean().item() for c in range(10)]
     assert means == pytest.approx(SYNTHETIC_MEANS, abs=1)
+    # the green of a pixel in the middle of ten images, one of each class
+    assert train.pixels[::501, 1, 16, 16].tolist() == pytest.approx(
+        [174, 125, 129, 151, 140, 144, 103, 125, 85, 94], abs=1)

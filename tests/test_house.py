@@ -101,27 +101,62 @@ def test_each_recipe_sets_flags_of_its_method(method):
 
 # ---- copied into an empty folder
 
-VIT = "ViT(image_size=32, patch_size=8, dim=32, depth=2, num_heads=2)"
-LOOPS = {  # the model and the loss, as a user of torchvision writes them
-    "simclr": ("SimCLR(backbone, 512)", "loss = simclr_loss(*model(view1, view2), 0.5)"),
-    "moco": ("MoCo(backbone, 512, queue_size=8, bn_groups=2)",
-             "query, key = model(view1, view2); loss = moco_loss(query, key, model.queue, 0.2)"),
-    "byol": ("BYOL(backbone, 512, hidden_dim=64)", "loss = byol_loss(*model(view1, view2))"),
-    "simsiam": ("SimSiam(backbone, 512, 64)", "loss = simsiam_loss(*model(view1, view2))"),
-    "swav": ("SwAV(backbone, 512, num_prototypes=16)", "z, scores = model([view1, view2]);"
-             "loss = swav_loss(scores, [sinkhorn(s, 0.05, 3) for s in scores], 0.1)"),
-    "barlow": ("BarlowTwins(backbone, 512, 64)", "loss = barlow_loss(*model(view1, view2), 0.005)"),
-    "dino": (f"DINO({VIT}, 32, out_dim=16, hidden_dim=16)", "student, teacher = model("
-             "[view1, view2], []); loss = dino_loss(student, teacher, model.center, 0.1, 0.04)"),
-    "mae": (f"MAE({VIT}, decoder_dim=16, decoder_depth=1, num_heads=2)",
-            "prediction, mask = model(view1); loss = mae_loss(prediction, view1, mask, 8)"),
-    "rotation": ("RotNet(backbone, 512)", "rotated, labels = rotate_four(view1);"
-                 "loss = rotation_loss(model(rotated), labels)"),
-    "jigsaw": ("Jigsaw(backbone, 512, permutation_set(8, 9, seed=0), 16, 32)",
-               "order = torch.randint(8, (4,)); tiles = cut_tiles(view1, 3, 8);"
-               "tiles = normalize_tiles(shuffle(tiles, model.orders[order]));"
-               "loss = jigsaw_loss(model(tiles), order)"),
-}
+
+def vit(module):
+    return module.ViT(image_size=32, patch_size=8, dim=32, depth=2, num_heads=2)
+
+
+def make_model(module, method, backbone):
+    """As a user of torchvision writes it; for the two with ViTs, their own."""
+    if method == "simclr":
+        return module.SimCLR(backbone, 512)
+    if method == "moco":
+        return module.MoCo(backbone, 512, queue_size=8, bn_groups=2)
+    if method == "byol":
+        return module.BYOL(backbone, 512, hidden_dim=64)
+    if method == "simsiam":
+        return module.SimSiam(backbone, 512, 64)
+    if method == "swav":
+        return module.SwAV(backbone, 512, num_prototypes=16)
+    if method == "barlow":
+        return module.BarlowTwins(backbone, 512, 64)
+    if method == "dino":
+        return module.DINO(vit(module), 32, out_dim=16, hidden_dim=16)
+    if method == "mae":
+        return module.MAE(vit(module), decoder_dim=16, decoder_depth=1, num_heads=2)
+    if method == "rotation":
+        return module.RotNet(backbone, 512)
+    return module.Jigsaw(backbone, 512, module.permutation_set(8, 9, seed=0), 16, 32)
+
+
+def loss_of(module, method, model, view1, view2):
+    if method == "simclr":
+        return module.simclr_loss(*model(view1, view2), 0.5)
+    if method == "moco":
+        query, key = model(view1, view2)
+        return module.moco_loss(query, key, model.queue, 0.2)
+    if method == "byol":
+        return module.byol_loss(*model(view1, view2))
+    if method == "simsiam":
+        return module.simsiam_loss(*model(view1, view2))
+    if method == "swav":
+        _, scores = model([view1, view2])
+        codes = [module.sinkhorn(view_scores, 0.05, 3) for view_scores in scores]
+        return module.swav_loss(scores, codes, 0.1)
+    if method == "barlow":
+        return module.barlow_loss(*model(view1, view2), 0.005)
+    if method == "dino":
+        student, teacher = model([view1, view2], [])
+        return module.dino_loss(student, teacher, model.center, 0.1, 0.04)
+    if method == "mae":
+        prediction, mask = model(view1)
+        return module.mae_loss(prediction, view1, mask, 8)
+    if method == "rotation":
+        rotated, labels = module.rotate_four(view1)
+        return module.rotation_loss(model(rotated), labels)
+    order = torch.randint(8, (4,))
+    tiles = module.shuffle(module.cut_tiles(view1, 3, 8), model.orders[order])
+    return module.jigsaw_loss(model(module.normalize_tiles(tiles)), order)
 
 
 @contextmanager
@@ -150,21 +185,19 @@ def two_steps(method):
     module = importlib.import_module(method)
     backbone = torchvision.models.resnet18()
     backbone.fc = nn.Identity()
-    make, loss_of = LOOPS[method]
-    names = vars(module) | {"backbone": backbone, "torch": torch}
-    names["model"] = model = eval(make, names)
+    model = make_model(module, method, backbone)
     view = v2.Compose([v2.ToImage(), v2.RandomResizedCrop(32),
                        v2.ToDtype(torch.float32, scale=True)])
     images = torchvision.datasets.FakeData(8, (3, 48, 48), transform=lambda x: (view(x), view(x)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     before = [p.detach().clone() for p in model.parameters()]
     losses = []
-    for (names["view1"], names["view2"]), _ in torch.utils.data.DataLoader(images, 4):
-        exec(loss_of, names)
+    for (view1, view2), _ in torch.utils.data.DataLoader(images, 4):
+        loss = loss_of(module, method, model, view1, view2)
         optimizer.zero_grad()
-        names["loss"].backward()
+        loss.backward()
         optimizer.step()
-        losses.append(names["loss"].item())
+        losses.append(loss.item())
     changed = any((p != old).any().item() for p, old in zip(model.parameters(), before))
     return losses, FILES & sys.modules.keys(), changed
 

@@ -252,22 +252,6 @@ def test_operations_and_their_order(operations, crop_scale, expected):
     assert operations == expected
 
 
-@pytest.mark.parametrize("gray, low, high", [(0.0, 0, 0), (0.3, 0.2, 0.4), (1.0, 1, 1)])
-def test_colors_are_dropped_in_whole_images(gray, low, high):
-    images = torch.randint(256, (400, 3, 32, 32), dtype=torch.uint8)
-    views = common.denormalize(augment(images, torch.ones(400), 32, 1.0, gray, invert=0.0))
-    colorless = (views - views.mean(1, keepdim=True)).abs().amax((1, 2, 3)) < 1e-3
-    assert low <= colorless.float().mean() <= high
-
-
-@pytest.mark.parametrize("invert, low, high", [(0.0, 0, 0), (0.5, 0.4, 0.6), (1.0, 1, 1)])
-def test_a_fraction_of_images_is_inverted(invert, low, high):
-    images = torch.full((400, 3, 32, 32), 51, dtype=torch.uint8)  # 0.2, inverted 0.8
-    views = common.denormalize(augment(images, torch.ones(400), 32, 1.0, 0.0, invert))
-    inverted = (views - 0.8).abs().amax((1, 2, 3)) < 1e-3
-    assert low <= inverted.float().mean() <= high
-
-
 @pytest.mark.parametrize("crop_scale, low, high", [(1.0, 61, 64), (0.3, 0, 60)])
 def test_crops_are_as_small_as_crop_scale_allows(crop_scale, low, high):
     images = torch.arange(64, dtype=torch.uint8).expand(100, 3, 64, 64)  # brighter to the right
@@ -275,11 +259,6 @@ def test_crops_are_as_small_as_crop_scale_allows(crop_scale, low, high):
     values = common.denormalize(views).flatten(1) * 255
     spans = values.amax(1) - values.amin(1)
     assert low <= spans.mean() <= high
-
-
-def test_only_the_demonstration_is_inverted_and_imagenet_is_not_cropped():
-    assert jigsaw.RECIPES["invert"] == (0.5, 0, 0, 0)
-    assert jigsaw.RECIPES["crop_scale"][-1] == 1
 
 
 @pytest.mark.parametrize("aspect, height, width", [(1.0, 60, 60), (2.0, 60, 30), (0.5, 30, 60)])
@@ -445,7 +424,6 @@ def test_training(short_run, task, count, tiles):
     assert len(seen.losses) == 3
     for logits, labels in seen.losses:
         assert logits.shape == (8, count)
-        assert logits.dtype == torch.float32
         assert len(labels.unique()) > 2
     assert seen.knn == [{"calibrate": True}, {"calibrate": True}]  # untrained, trained
     assert seen.reports == [{"layers": True}]

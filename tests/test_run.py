@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ import torchvision
 from conftest import METHODS, write_images
 from PIL import Image
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import common
 import linear_probe
@@ -261,6 +263,95 @@ def test_images_without_labels(capsys):
 def test_seed():
     start("simclr", "--seed", "1")
     assert not same(load("run/backbone.pth"), undisturbed("simclr")["backbone"])
+
+
+# ---- what the loop hands on
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_optimizer_has_the_rate_that_is_logged(method):
+    rates = []
+
+    def record(optimizer, args, kwargs):
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    hook = register_optimizer_step_pre_hook(record)
+    try:
+        start(method, "-p", "1", "--lr", "3.2")
+    finally:
+        hook.remove()
+    assert rates == [line["lr"] for line in log() if "loss" in line]
+    assert len(rates) == 6 and min(rates) > 0
+    assert max(rates) == pytest.approx(3.2 * 8 / 256)
+
+
+def record_loss(monkeypatch, module, method):
+    """-> a list that gets the tensors of each call of the method's loss, and whether autocast was
+    on."""
+    name = f"{method}_loss"
+    original = getattr(module, name)
+    calls = []
+
+    def recorded(*arguments, **options):
+        tensors = []
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                tensors.append(argument)
+            elif isinstance(argument, list):
+                tensors += argument
+        calls.append((tensors, torch.is_autocast_enabled("cpu")))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, name, recorded)
+    return calls
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_are_computed_in_float32_outside_of_autocast(method, monkeypatch):
+    def bfloat16(device):
+        return torch.autocast("cpu", torch.bfloat16)
+
+    monkeypatch.setattr(common, "autocast", bfloat16)
+    calls = record_loss(monkeypatch, importlib.import_module(method), method)
+    start(method, "--epochs", "1")
+    assert len(calls) >= 3
+    for tensors, autocast_is_on in calls:
+        dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        assert dtypes == {torch.float32}
+        assert not autocast_is_on
+
+
+@pytest.mark.parametrize("method, model", [("simclr", "SimCLR"), ("byol", "BYOL"),
+                                           ("simsiam", "SimSiam"), ("barlow", "BarlowTwins")])
+def test_the_loss_gets_what_the_model_returns_in_its_order(method, model, monkeypatch):
+    """Another order of z1 and z2 would have each view predict itself."""
+    module = importlib.import_module(method)
+    model_class = getattr(module, model)
+    forward = model_class.forward
+    outputs = []
+
+    def recorded_forward(self, view1, view2):
+        outputs.append(forward(self, view1, view2))
+        return outputs[-1]
+
+    monkeypatch.setattr(model_class, "forward", recorded_forward)
+    calls = record_loss(monkeypatch, module, method)
+    start(method, "--epochs", "1")
+    assert len(calls) == len(outputs) == 3
+    for (tensors, _), returned in zip(calls, outputs):
+        assert len(tensors) == len(returned)
+        assert all(map(torch.equal, tensors, returned))
+
+
+CHANCE = {"simclr": math.log(15), "moco": math.log(257), "byol": 4, "simsiam": 0, "barlow": 128,
+          "swav": math.log(256), "dino": math.log(256), "rotation": math.log(4),
+          "jigsaw": math.log(30)}  # of TINY; MAE's log has `variance` instead
+
+
+@pytest.mark.parametrize("method", CHANCE)
+def test_chance_level_on_the_screen(method, capsys):
+    start(method, "--epochs", "1")
+    assert f"(chance {CHANCE[method]:.4f})" in capsys.readouterr().out
 
 
 # ---- when it is saved

@@ -1,7 +1,6 @@
 """SimCLR against independent slow versions, and each of the details that are commonly wrong."""
 
 import copy
-import inspect
 import json
 import math
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 import common
+import linear_probe
 import simclr
 from simclr import LARS, SimCLR, cosine_schedule, positive_found, simclr_loss
 
@@ -43,13 +43,6 @@ def test_loss_and_gradient_equal_the_slow_version(temperature):
     fast_gradients = torch.autograd.grad(fast, [z1, z2])
     slow_gradients = torch.autograd.grad(slow, [z1, z2])
     torch.testing.assert_close(fast_gradients, slow_gradients, rtol=1e-10, atol=1e-12)
-
-
-def test_the_gradient_is_that_of_the_loss():
-    """By finite differences: no stop-gradient on either view."""
-    z1 = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    z2 = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(simclr_loss, (z1, z2, 0.5))
 
 
 def test_loss_at_chance():
@@ -230,7 +223,6 @@ def test_the_loss_in_the_loop_is_the_default_one(class_folders, no_report, monke
 
     monkeypatch.setattr(simclr, "simclr_loss", record)
     lines = train("")
-    assert "loss = simclr_loss(z1, z2, args.temperature)" in inspect.getsource(simclr.train)
     assert [line["loss"] for line in lines] == [round(loss.item(), 6) for loss in losses]
     assert len(losses) == 6  # 24 images, batches of 8, two epochs
     assert f"(chance {math.log(15):.4f})" in capsys.readouterr().out
@@ -281,8 +273,10 @@ def test_recipe_for_imagenet_is_that_of_the_official_code():
     assert args.lr * 512 / 256 == pytest.approx(0.075 * 512**0.5, rel=0.01)
 
 
-def test_augmentation_is_that_of_the_paper(operations, class_folders):
-    args = "--data images --recipe imagenet -a resnet8 --image-size 96 -b 8 --epochs 0"
+def test_augmentation_is_that_of_the_paper(operations, monkeypatch, class_folders):
+    monkeypatch.setattr(linear_probe, "quick_knn", lambda *args, **kwargs: None)
+    args = ("--data images --recipe imagenet -a resnet8 --image-size 96 -b 8 --max-images 8 "
+            "--epochs 1 -j 0")
     simclr.train(simclr.parse_args(args.split()))
     view = [("random_resized_crop", {"size": 96, "scale": (0.08, 1.0), "interpolation": "bicubic"}),
             ("random_horizontal_flip", {"p": 0.5}),
@@ -291,4 +285,4 @@ def test_augmentation_is_that_of_the_paper(operations, class_folders):
             ("random_grayscale", {"p": 0.2}),
             ("gaussian_blur", {"p": 0.5, "sigma": (0.1, 2.0)}),
             ("normalize", {})]
-    assert operations[:12] == view + view  # then come the views for the kNN
+    assert operations == 2 * (view + view)  # in views.png, and in the only step

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import linear_probe
 import swav
 from swav import LARS, SwAV, code_entropy, nearest_views, sinkhorn, swav_loss
 
@@ -199,6 +200,15 @@ def test_one_pass_per_size():
     torch.testing.assert_close(scores, z @ model.prototypes.weight.T)
 
 
+def test_head_is_that_of_the_official_code():
+    """BN and ReLU after the first layer of two, and prototypes without bias."""
+    model = SwAV(TinyBackbone(), 6, proj_dim=5, num_prototypes=7)
+    layers = [type(layer) for layer in model.projector]
+    assert layers == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+    assert model.projector[3].bias is not None
+    assert model.prototypes.bias is None
+
+
 def test_all_views_share_a_pass_of_the_projector():
     model = SwAV(TinyBackbone(), 6, proj_dim=5, num_prototypes=7)
     before = model.projector[1].num_batches_tracked.item()
@@ -316,9 +326,10 @@ def test_lars_is_larc_up_to_the_norm_of_the_decay():
 # ---- a whole run
 
 
-def test_augmentation_is_that_of_the_paper(operations, class_folders):
+def test_augmentation_is_that_of_the_paper(operations, monkeypatch, class_folders):
+    monkeypatch.setattr(linear_probe, "quick_knn", lambda *args, **kwargs: None)
     swav.train(swav.parse_args("--data images --recipe imagenet --arch resnet8 --image-size 32 "
-                               "--small-size 16 -b 8 --epochs 0".split()))
+                               "--small-size 16 -b 8 --max-images 8 --epochs 1 -j 0".split()))
     after_the_crop = [
         ("random_horizontal_flip", {"p": 0.5}),
         ("color_jitter", {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2,
@@ -329,8 +340,10 @@ def test_augmentation_is_that_of_the_paper(operations, class_folders):
     ]
     large = [("random_resized_crop", {"size": 32, "scale": (0.14, 1.0)}), *after_the_crop]
     small = [("random_resized_crop", {"size": 16, "scale": (0.05, 0.14)}), *after_the_crop]
-    of_views_png = operations[: 8 * len(large)]  # a picture at the end normalizes images, too
-    assert of_views_png == 2 * large + 6 * small
+    views = 2 * large + 6 * small
+    assert operations[: 2 * len(views)] == 2 * views  # in views.png, and in the only step
+    # then a picture, of what the prototypes see
+    assert all(operation == ("normalize", {}) for operation in operations[2 * len(views) :])
 
 
 @pytest.fixture

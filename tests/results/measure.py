@@ -165,7 +165,7 @@ RUNS = {
                ("jigsaw-tiles-8-uncropped-500", f"{TILES} --epochs 20 --crop-scale 1 "
                 "--permutations 500 --hidden-dim 512 --seed 3"),
                ("jigsaw-tiles-18", f"jigsaw.py {WHOLE} --epochs 4 --seed 3")],
-    "gpu": [(f"{m}-200", f"{m}.py --data cifar10 --recipe cifar --epochs 200 --seed 0")
+    "gpu": [(f"{m}-gpu-0", f"{m}.py --data cifar10 --recipe cifar --epochs 200 --seed 0")
             for m in METHODS],
 }
 
@@ -195,7 +195,7 @@ def read_runs(results):
 def missing(group, results, only=""):
     """-> (name, command) of the group's runs that are not done, in their order."""
     return [(name, command) for name, command in RUNS[group]
-            if only in (name.split("-")[0], name, "") and not read_log(results / name)]
+            if (not only or only in (name.split("-")[0], name)) and not read_log(results / name)]
 
 
 def machine():
@@ -297,7 +297,7 @@ def picture(args):
     recipe = simclr.parse_args(["--data", args.data, "--recipe", "cpu"])
     train, test = common.load_data(recipe, device)
     linear_probe.calibrate_batch_norm(untrained, train, size, device)
-    make_view = partial(simclr.augment, image_size=size, crop_scale=recipe.crop_scale,
+    make_view = partial(simclr.augment, image_size=recipe.image_size, crop_scale=recipe.crop_scale,
                         jitter_strength=recipe.jitter_strength, blur=recipe.blur)
     with tempfile.TemporaryDirectory() as folder:
         recipe.out = folder
@@ -528,7 +528,7 @@ def runs_table(runs):
 
 
 TABLES = {"demo": group_table, "unseen": unseen_table,
-          "cifar": partial(group_table, suffix="-cifar"),
+          "cifar": partial(group_table, suffix="-cifar"), "gpu": partial(group_table, suffix="-gpu"),
           "small": small_table, "few": few_table, "finetune": finetune_table,
           "losses": loss_table, "ablation": ablation_table, "repeated": repeated_table,
           "runs": runs_table}
