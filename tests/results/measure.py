@@ -441,7 +441,8 @@ def small_table(runs):
         small = runs.get(f"{method}-cifar-0" if method in STANDARD else f"{method}-24")
         if large and small:
             rows.append([METHODS[method], *accuracy([large]), *accuracy([small])])
-    return table("method|32 pixels, 20 epochs: kNN|probe|24 pixels, 15 epochs: kNN|probe", rows)
+    return table("method|32 pixels, 20 epochs: kNN|probe|24 pixels, 15 epochs (SimSiam: 20): kNN|"
+                 "probe", rows)
 
 
 def few_table(runs):
