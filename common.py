@@ -558,8 +558,8 @@ def find_sets(data):
 
 
 def read_headers(images):
-    """-> the median of the shorter sides, in pixels, of up to 100 of the images; and what such files
-    hold that is not read, in words."""
+    """-> the median of the shorter sides of up to 100 of the images, in pixels; and, in words, what
+    such files hold that is not read."""
     if images.pixels is not None:
         return images.pixels.shape[-1], []
     sides = []
