@@ -172,22 +172,40 @@ def parity(args):
                   f"by {largest_difference(device_weights, cpu_weights):.1e}", flush=True)
 
 
+@contextmanager
+def noted_waits(device):
+    """-> a list, which in the end has the places where the host has waited for the GPU."""
+    places = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        yield places
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    for warning in caught:
+        places.append(f"{Path(warning.filename).name}:{warning.lineno} {str(warning.message)[:60]}")
+
+
 def waits(args):
-    """Steps 1, 3 and 6 print, and should wait once each; the others should not wait."""
+    """Steps 1, 3 and 6 print, and should wait once each; the others should not wait, nor should the
+    evaluation's view, which should be the CPU's up to rounding."""
+    images = torch.randint(256, (64, 3, 40, 40), dtype=torch.uint8, device=args.device)
+    aspect = torch.rand(64, device=args.device) + 0.5
+    with noted_waits(args.device) as places:
+        views = common.center_view(images, aspect, 32)
+    expected = common.center_view(images.cpu(), aspect.cpu(), 32)
+    difference = (views.cpu() - expected).abs().max().item()
+    print(f"the evaluation's view: {'; '.join(places) or 'no wait'}; {difference:.1e} from the CPU's")
+
     batches = common.batches
     found = {}  # step: places
 
     def watched(images, train_args, first_step, device):
         for step, *batch in batches(images, train_args, first_step, device):
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                if args.device == "cuda":
-                    torch.cuda.set_sync_debug_mode("warn")
+            with noted_waits(args.device) as places:
                 yield step, *batch
-                if args.device == "cuda":
-                    torch.cuda.set_sync_debug_mode("default")
-            found[step + 1] = [f"{Path(w.filename).name}:{w.lineno} {str(w.message)[:60]}"
-                               for w in caught]
+            found[step + 1] = places
 
     for command in args.commands or VARIANTS:
         with reported(command), mock.patch.object(common, "batches", watched):

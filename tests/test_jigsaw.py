@@ -261,6 +261,11 @@ def test_crops_are_as_small_as_crop_scale_allows(crop_scale, low, high):
     assert low <= spans.mean() <= high
 
 
+def test_only_the_demonstration_is_inverted_and_imagenet_is_not_cropped():
+    assert jigsaw.RECIPES["invert"] == (0.5, 0, 0, 0)
+    assert jigsaw.RECIPES["crop_scale"][-1] == 1
+
+
 @pytest.mark.parametrize("aspect, height, width", [(1.0, 60, 60), (2.0, 60, 30), (0.5, 30, 60)])
 def test_square_is_the_largest_and_anywhere_along_the_longer_side(aspect, height, width):
     aspects = torch.full((200,), aspect)

@@ -194,6 +194,10 @@ def test_shift_is_of_the_central_square():
     assert common.denormalize(views).max().item() == pytest.approx(51 / 255)
 
 
+def test_only_the_demonstration_is_inverted():
+    assert rotation.RECIPES["invert"] == (0.5, 0, 0, 0)
+
+
 # ---- schedule and optimizer
 
 
