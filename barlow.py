@@ -10,8 +10,9 @@ correlates with nothing, and copies of one dimension correlate with each other.
 Each image is augmented twice. The D dimensions of z1 are correlated over the batch with those of
 z2, and the loss pulls this D × D matrix towards the identity. Ones on the diagonal make each
 dimension ignore what the augmentation changes; zeros elsewhere make each say something that no
-other says. Images are not compared with each other, so there are no negatives. Both views are
-treated alike: there is no predictor, no stop-gradient and no moving average.
+other says. Images are not compared with each other, so there are no negatives. Both views
+pass through the same network, with gradient: there is no predictor, no stop-gradient and no moving
+average.
 
                   ┌─ augment1 ─ view1 ─ backbone ─ features ─ projector ─ z1 ─┐
         image ────┤                        (shared)                           ├─ C = identity
@@ -358,11 +359,12 @@ def parse_args(argv=None):
 # 2048, rates 0.2 and 0.0048, λ 0.005, weight decay 1.5e-6). Its rate is from the authors' table of
 # batch sizes, issue 7 of facebookresearch/barlowtwins, where it has a linear probe of 71.4 %. That
 # table was made when one rate served both groups and the loss had a factor 0.024, so lr_biases is
-# 0.024 times lr. cifar: solo-learn's for 1000 epochs; its LARS has η 0.02 (so lr is 20 times its
-# 0.3) and clips the adapted rate; its loss has a factor 0.1 (so lr_biases is a tenth, the decay ten
-# times its own). demo: measured on the synthetic images. cpu: standard values. For VICReg, whose
-# loss is a mean over D and whose code has one rate, add --lr-biases 0.2, and on imagenet --lr 0.2;
-# its augmentation is that of its code, which is this one (its paper: both views alike, blur 0.5,
+# 0.024 times lr. cifar: solo-learn's for 1000 epochs, never run. Its LARS has η 0.02, but a
+# weight's rate there is min(η · |w| / |g|, lr), so that no lr is the same here: 6.0 is its 0.3
+# times 0.02 / 0.001. Its loss has a factor 0.1 (so lr_biases is a tenth, the decay ten times its
+# own). demo: measured on the synthetic images. cpu: chosen without a search. For VICReg, whose loss
+# is a mean over D and whose code has one rate, add --lr-biases 0.2, and on imagenet --lr 0.2; its
+# augmentation is that of its code, which is this one (its paper: both views alike, blur 0.5,
 # solarize 0.1). Processes exchange z rather than sums for C: at the paper's B 2048 and D 8192, two
 # z are 134 MB, a D × D sum is 268 MB.
 #
@@ -370,11 +372,12 @@ def parse_args(argv=None):
 # crops are taken from a square canvas of 8/7 of the view's side (official: from the whole image),
 # so that small crops are less sharp, and elongated images lose more (cut them beforehand); training
 # is in bfloat16 on CUDA (official: float16); the blur is a Gaussian, cut off at a twentieth of the
-# side (official: PIL's, made of box blurs). On W GPUs the official gradient is 1/W of the true one:
-# DDP averages it, and the sum of C over the GPUs passes no gradient between them. LARS cancels this
-# for weights (their decay counts W times less here), but not for biases, whose steps are W times
-# longer here. VICReg's projector has biases before its two BN (official), where they have no
-# effect; here it has none. In the official code only: a residual block's last BN starts at 0.
+# side, which at 224 pixels cuts nothing (official: PIL's, made of box blurs). On W GPUs the
+# official gradient is 1/W of the true one: DDP averages it, and the sum of C over the GPUs passes
+# no gradient between them. LARS cancels this for weights (their decay counts W times less here),
+# but not for biases, whose steps are W times longer here. VICReg's projector has biases before its
+# two BN (official), where they have no effect; here it has none. In the official code only: a
+# residual block's last BN starts at 0.
 
 if __name__ == "__main__":
     from common import main

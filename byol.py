@@ -247,7 +247,8 @@ def train(args):
         lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        ema_momentum = cosine_schedule(step, total_steps, 0, args.ema_momentum, end=1.0)
+        ema_momentum = cosine_schedule(step, total_steps, warmup_steps=0,
+                                       base=args.ema_momentum, end=1.0)
         view1 = augment1(images, aspect)
         view2 = augment2(images, aspect)
         with autocast(device):
@@ -304,7 +305,7 @@ def parse_args(argv=None):
     from common import make_parser, parse_with_recipe
 
     parser = make_parser("byol", __doc__, RECIPES)
-    parser.epilog = ("The log's `spread` should stay steady, between 0.7 and 1: at 0 all images "
+    parser.epilog = ("The log's `spread` should stay steady, between 0.65 and 1: at 0 all images "
                      "have the same embedding (collapse).")
     add = parser.add_argument
     add("--optimizer", choices=["sgd", "lars"], help="paper: lars")
@@ -328,8 +329,8 @@ def parse_args(argv=None):
 # --ema-momentum 0.9995 (there 0.996). cifar: the paper's augmentation without blur and an average
 # from 0.99, as in solo-learn; heads, SGD and batch of lightly's CIFAR-10 benchmark, whose loss is a
 # quarter of this one: hence a quarter of its rate, and four times its decay. demo: measured on the
-# synthetic images, where so few steps need a fast target; with a jitter of 1, contrast is what it
-# groups images by, with some seeds. cpu: standard values.
+# synthetic images, where so few steps need a fast target; with a jitter of 1, some seeds end with
+# features of an image's contrast instead of its pattern. cpu: chosen without a search.
 #
 # Departures from the paper: views of at most 64 pixels are resized bilinearly (official: bicubic),
 # larger ones with antialiasing (official: without); crops are taken from a square canvas of 8/7 of

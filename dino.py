@@ -315,7 +315,7 @@ def augment(images, aspect, size, crop_scale, jitter_strength, gray, blur, solar
     x = random_horizontal_flip(x, p=0.5)
     x = color_jitter(x, 0.4 * s, 0.4 * s, 0.2 * s, 0.1 * s, p=0.8)
     x = random_grayscale(x, p=gray)
-    x = gaussian_blur(x, p=blur, kernel_size=13, sigma=(0.1, 2.0))  # 3 of the largest σ a side
+    x = gaussian_blur(x, p=blur, kernel_size=13, sigma=(0.1, 2.0))  # radius: 3 times the largest σ
     x = random_solarize(x, p=solarize)
     return normalize(x)
 
@@ -372,7 +372,8 @@ def make_optimizer(name, model, weight_decay):
 
 
 def save_attention(args, backbone, images, device):
-    """attention.png: some images, and what each head in the last block of a ViT attends to."""
+    """attention.png: some images, and how much the class token attends to each patch, for each
+    head of a ViT's last block."""
     from common import center_view, denormalize, examples, rank, save_picture
 
     if rank() > 0:
@@ -440,11 +441,11 @@ def train(args):
         lr = cosine_schedule(step, total_steps, warmup_steps, peak_lr, end=1e-6)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # Without a warm-up, the schedule moves from one value to the other on half a cosine.
-        weight_decay = cosine_schedule(step, total_steps, 0, args.weight_decay,
-                                       end=args.weight_decay_end)
+        weight_decay = cosine_schedule(step, total_steps, warmup_steps=0,
+                                       base=args.weight_decay, end=args.weight_decay_end)
         optimizer.param_groups[0]["weight_decay"] = weight_decay  # the others are not decayed
-        ema_momentum = cosine_schedule(step, total_steps, 0, args.ema_momentum, end=1.0)
+        ema_momentum = cosine_schedule(step, total_steps, warmup_steps=0,
+                                       base=args.ema_momentum, end=1.0)
         teacher_temperature = linear_schedule(
             step / steps_per_epoch, args.temperature_warmup_epochs,
             args.teacher_temperature_start, args.teacher_temperature)
@@ -546,7 +547,7 @@ def parse_args(argv=None):
     add("--drop-path", type=float,
         help="stochastic depth of the last block of a ViT, student only; official "
         "code: 0.1")
-    add("--local-views", type=int, help="small crops per image; official code: 8, paper: up to 10")
+    add("--local-views", type=int, help="local views per image; official code: 8, paper: up to 10")
     add("--local-size", type=int, help="side of a local view, in pixels; paper: 96")
     add("--crop-scale", type=float,
         help="smallest global and largest local crop, fraction of the image's area; official "
@@ -569,8 +570,8 @@ def parse_args(argv=None):
     add("--teacher-temperature-start", type=float, default=0.04,
         help="τ_t at the start; paper: 0.04")
     add("--temperature-warmup-epochs", type=float, help="epochs in which τ_t rises; paper: 30")
-    add("--ema-momentum", type=float, help="weight of the old teacher at the start, at the end 1; "
-        "paper: 0.996, but its authors advise 0.9995 for batches of 256")
+    add("--ema-momentum", type=float, help="weight of the old teacher in the average, λ, at the "
+        "start; it rises to 1; paper: 0.996; official code: 0.9995 advised for batches of 256")
     add("--center-momentum", type=float, default=0.9, help="weight of the old center; paper: 0.9")
     add("--clip-norm", type=float, default=3.0,
         help="largest norm of a parameter's gradient, 0: any; official code: 3")
@@ -594,9 +595,8 @@ def parse_args(argv=None):
 # --weight-decay 1e-4 --weight-decay-end 1e-4 --crop-scale 0.14 --teacher-temperature 0.04. cifar:
 # the paper's values for ViTs, on a ResNet-18, with K and the head's BN of lightly's CIFAR-10
 # benchmark (EMA 0.99 there, in solo-learn 0.9995); never run. demo: measured on the synthetic
-# images. What counts there is that most views lose their colors: else the classes that the teacher
-# finds are tints, with some seeds. Small crops gave less for their time there. cpu: standard
-# values.
+# images. On these, most views have to lose their colors: otherwise, with some seeds, the teacher's
+# classes are tints; and local views were not worth their time. cpu: chosen without a search.
 #
 # Departures from the paper: none in the loss; crops are taken from a square canvas of 8/7 of the
 # view's side (official: from the whole image), so that small crops are less sharp, and elongated

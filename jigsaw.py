@@ -115,9 +115,9 @@ def jigsaw_loss(logits, labels):
 
 @torch.no_grad()
 def solved(logits, labels):
-    """Health: the fraction of rows in which the label has the highest logit. Rising, and above the
-    chance level, 1 / K. Near 1 within the first epochs, it shows a shortcut: a solution that needs
-    no features of objects. (B, K), (B,) -> scalar."""
+    """Health: the fraction of rows in which the label has the highest logit. It should rise
+    above the chance level, 1 / K. If it is near 1 within the first epochs, the network has found a
+    shortcut: a solution that needs no features of objects. (B, K), (B,) -> scalar."""
     return (logits.argmax(1) == labels).float().mean()
 
 
@@ -125,8 +125,8 @@ def solved(logits, labels):
 # An image is augmented, cut and shuffled. What would tell where a tile belongs, without any
 # knowledge of objects, is taken away: lines that go on in the next tile (by random gaps),
 # brightness that changes across the image (each tile is normalized by itself), the colored fringes
-# of lenses (some images lose their colors), and most of the grid of small JPEG files (crops are
-# resampled).
+# of lenses (some images lose their colors), and most of JPEG's grid of 8 x 8 blocks, which shows
+# in small files (crops are resampled).
 
 
 def augment(images, aspect, image_size, crop_scale, gray, invert):
@@ -402,14 +402,16 @@ def parse_args(argv=None):
 # in proportion, not tuned. cpu: measured on CIFAR-10, at twice its size. demo: measured on the
 # synthetic images.
 #
-# Departures from the papers: ResNets (paper: AlexNet); vissl's embedding and flips, and the hidden
-# layer of Kolesnikov et al. (2019) without its dropout; no jitter of a tile's channels; the BN of
-# the backbone that is kept is calibrated on whole images at the end; crops are taken from a square
-# canvas of 8/7 of the view's side, so that elongated images lose detail (cut them beforehand);
-# training is in bfloat16 on CUDA. A permutation is chosen by its smallest distance, then by its
-# mean (paper: by the mean alone). The relative task has the puzzle's gaps (paper: half a tile;
-# --tile-size 57 of 255 gives that) and turns images gray (paper: drops or projects color channels).
-# The first layer is the same for tiles and for whole images (paper: stride 2 for tiles, then 4).
+# Departures from the papers: the backbone is a ResNet (paper: AlexNet); the embedding of a tile and
+# the flips are vissl's, the hidden layer is that of Kolesnikov et al. (2019), without dropout; the
+# channels of a tile are not jittered; at the end the backbone's BN is calibrated on whole images,
+# before it is saved (an earlier backbone.pth has statistics of tiles); crops are taken from a
+# square canvas of 8/7 of the view's side, so that elongated images lose detail (cut them
+# beforehand); training is in bfloat16 on CUDA. A permutation is chosen by its smallest distance,
+# then by its mean (paper: by the mean alone). The relative task has the puzzle's gaps (paper: half
+# a tile; --tile-size 57 of 255 gives that) and turns images gray (paper: drops or projects color
+# channels). The first layer is the same for tiles and for whole images (paper: stride 2 for tiles,
+# then 4).
 
 if __name__ == "__main__":
     from common import main

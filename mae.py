@@ -235,7 +235,8 @@ class SimMIM(nn.Module):
 
 
 def patchify(images, patch_size):
-    """(B, 3, H, W) -> patches (B, N, p·p·3), row by row, as are a patch's pixels; colors last."""
+    """(B, 3, H, W) -> patches (B, N, p·p·3): row by row, as are the pixels of a patch; each pixel's
+    three colors lie side by side."""
     B, _, H, W = images.shape
     p = patch_size
     patches = images.reshape(B, 3, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)
@@ -342,9 +343,9 @@ def save_reconstruction(args, model, images, device):
 
 
 def train(args):
-    """One view per image and step. Health: the loss is below `variance`, which is the loss of
-    predicting 0: about 1 with norm_pix, else the mean of x², with simmim of |x|, over the pixels x
-    that are removed."""
+    """One view per image and step. Health: the loss should fall below `variance`, the loss of
+    predicting 0: about 1 with norm_pix; without it the mean of x² over the removed pixels x; with
+    simmim the mean of |x|."""
     # Imported here, so that this file alone, copied elsewhere, can be imported without them.
     from common import (SAVE_SECONDS, autocast, batch_that_fits, batches, load_checkpoint,
                         load_data, log, log_knn, open_run, parallel, save_checkpoint, save_views,
@@ -470,12 +471,13 @@ def parse_args(argv=None):
 # Sources. imagenet: the paper and facebookresearch/mae (batch there 4096); mmselfsup's 800 epochs
 # of a ViT-B have a linear probe of 65.1 %, and 83.3 fine-tuned. cifar: widths and depths of
 # IcarusWizard/MAE (there patches of 2 pixels, 3 heads in the decoder, learned positions); the rest
-# is ours and not measured. demo: measured on the synthetic images. cpu: standard values.
+# is ours and not measured. demo: measured on the synthetic images. cpu: chosen without a search.
 #
 # Departures from the paper: views of at most 64 pixels are resized bilinearly (official: bicubic);
 # crops are taken from a square canvas of 8/7 of the view's side (official: from the whole image),
 # so that small crops are less sharp, and elongated images lose more (cut them beforehand); training
-# is in bfloat16 on CUDA (official: float16). SimMIM removes single patches (paper: squares of 32
+# is in bfloat16 on CUDA (official: float16); the number of patches that are kept is rounded
+# (official: rounded down; at 0.75 the same). SimMIM removes single patches (paper: squares of 32
 # pixels), in this ViT (paper: relative positions), without drop path, and with MAE's optimizer,
 # schedule, crops and mask ratio (official: --crop-scale 0.67 --mask-ratio 0.6).
 

@@ -77,9 +77,9 @@ def rotation_loss(logits, labels):
 
 @torch.no_grad()
 def solved(logits, labels):
-    """Health: the fraction of rows in which the label has the highest logit. Rising, and above the
-    chance level, 1 / K. Near 1 within the first epochs, it shows a shortcut: a solution that needs
-    no features of objects. (B, K), (B,) -> scalar."""
+    """Health: the fraction of rows in which the label has the highest logit. It should rise
+    above the chance level, 1 / K. If it is near 1 within the first epochs, the network has found a
+    shortcut: a solution that needs no features of objects. (B, K), (B,) -> scalar."""
     return (logits.argmax(1) == labels).float().mean()
 
 
@@ -276,7 +276,7 @@ def parse_args(argv=None):
 # and 160), with a ResNet. imagenet: mmselfsup's ResNet-50 (rate 0.2 for 128 images; falls at epochs
 # 30 and 50; no Nesterov). The official code for AlexNet has 50 epochs of batch 192, rate 0.01,
 # divided by 10 at epochs 15, 30 and 45, weight decay 5e-4, no warm-up. demo: measured on the
-# synthetic images. cpu: standard values; smaller views and resized crops did no better.
+# synthetic images. cpu: chosen without a search; smaller views and resized crops did no better.
 #
 # Departures from the paper: ResNets (paper: NIN and AlexNet), with one linear layer on the pooled
 # features; pixels are normalized by ImageNet's mean and std on CIFAR, too; crops are taken from a

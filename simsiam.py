@@ -109,7 +109,7 @@ def augment(images, aspect, image_size, crop_scale, jitter_strength, blur):
     x = random_resized_crop(images, aspect, image_size, scale=(crop_scale, 1.0))
     x = color_jitter(x, 0.4 * s, 0.4 * s, 0.4 * s, 0.1 * s, p=0.8)
     x = random_grayscale(x, p=0.2)
-    x = gaussian_blur(x, p=blur, sigma=(0.1, 2.0))
+    x = gaussian_blur(x, p=blur, kernel_size=13, sigma=(0.1, 2.0))  # radius: 3 times the largest σ
     x = random_horizontal_flip(x, p=0.5)
     return normalize(x)
 
@@ -246,16 +246,15 @@ def parse_args(argv=None):
 # Sources. imagenet: the paper and facebookresearch/simsiam (linear probe 68.1 %). The predictor's
 # rate is constant, as in the official command (--fix-pred-lr) and the last row of the paper's table
 # 1. cifar: the paper's appendix on CIFAR-10; where it is silent, its ImageNet settings. demo:
-# measured on the synthetic images. cpu: standard values.
+# measured on the synthetic images. cpu: chosen without a search.
 #
 # Departures from the paper: crops are taken from a square canvas of 8/7 of the view's side
 # (official: from the whole image), so that small crops are less sharp, and elongated images lose
 # more (cut them beforehand). From the official code: training is in bfloat16 on CUDA (official:
-# float32); the blur is a Gaussian, cut off at a twentieth of the side (official: PIL's, made of box
-# blurs); the projector's last linear layer has no frozen bias, which the BN after it would remove,
-# and its hidden layers are as wide as z (official: as the features). As in the paper's appendix, a
-# residual block's last BN starts at 0. In the official code only: the projector's last BN has
-# neither scale nor offset.
+# float32); blur is a true Gaussian (official: PIL's, made of box blurs); the projector's last
+# linear layer has no frozen bias, which the BN after it would remove, and its hidden layers are as
+# wide as z (official: as the features). As in the paper's appendix, a residual block's last BN
+# starts at 0. In the official code only: the projector's last BN has neither scale nor offset.
 
 if __name__ == "__main__":
     from common import main

@@ -160,8 +160,9 @@ def swav_loss(scores, codes, temperature):
 def code_entropy(codes):
     """Health: mean entropy of an image's code, over ln K: (B, K) -> scalar. It should be clearly
     below 1, and the loss below ln K. If it stays near 1, or the loss near ln K, the authors advise
-    a smaller --epsilon (0.03), more --freeze-epochs, or a later --queue-epoch. (The entropy of the
-    mean code would say nothing: Sinkhorn keeps it at ln K.)"""
+    a smaller --epsilon (0.03) and more --freeze-epochs; if the loss rises when the queue starts and
+    stays up, a smaller --queue-size or a later --queue-epoch. (The entropy of the mean code would
+    say nothing: Sinkhorn keeps it at ln K.)"""
     return torch.special.entr(codes).sum(1).mean() / math.log(codes.shape[1])
 
 
@@ -181,7 +182,7 @@ def augment(images, aspect, size, crop_scale, jitter_strength, blur):
     x = random_horizontal_flip(x, p=0.5)
     x = color_jitter(x, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
     x = random_grayscale(x, p=0.2)
-    x = gaussian_blur(x, p=blur, kernel_size=13, sigma=(0.1, 2.0))  # 3 of the largest σ a side
+    x = gaussian_blur(x, p=blur, kernel_size=13, sigma=(0.1, 2.0))  # radius: 3 times the largest σ
     return normalize(x)
 
 
@@ -244,34 +245,6 @@ def make_optimizer(name, model, weight_decay):
     return torch.optim.Adam(model.parameters(), lr=0.0, weight_decay=weight_decay)
 
 
-@torch.no_grad()
-def nearest_views(model, views, count=8):
-    """Views (B, 3, H, W) -> (count, count, 3, H, W). Each row is one of the prototypes to which
-    most views are nearest, and holds the views that are nearest to it, the nearest first. Fewer
-    rows or columns where there are fewer prototypes or views. Leaves the model in evaluation mode.
-    """
-    model.eval()
-    z, _ = model([views])
-    scores = z[0] @ F.normalize(model.prototypes.weight, dim=1).T  # (B, K)
-    num_views, num_prototypes = scores.shape
-    popularity = scores.argmax(1).bincount(minlength=num_prototypes)
-    popular = popularity.topk(min(count, num_prototypes)).indices
-    nearest = scores[:, popular].topk(min(count, num_views), dim=0).indices
-    return views[nearest.T]
-
-
-def save_prototypes(args, model, images, device):
-    """prototypes.png: each row shows the nearest images to one prototype, out of at most 256."""
-    from common import center_view, denormalize, rank, save_picture
-
-    if rank() == 0:
-        rows = torch.arange(0, len(images), math.ceil(len(images) / 256))
-        pixels, aspect = next(images.load([rows], device, replace=True))
-        nearest = nearest_views(model, center_view(pixels, aspect, args.image_size))
-        columns = [denormalize(views) for views in nearest.unbind(1)]
-        save_picture(f"{args.out}/prototypes.png", *columns)
-
-
 def train(args):
     """The paper's pseudocode, with multi-crop and the queue, once per step."""
     # Imported here, so that this file alone, copied elsewhere, can be imported without them.
@@ -322,8 +295,9 @@ def train(args):
         model.normalize_prototypes()
         with autocast(device):
             z, scores = network(views)
-        # Sinkhorn gets scores of its own: in float32, of all processes, and with the queue.
-        z1 = gather(z[0].detach().float())  # Sinkhorn balances the images of all processes
+        # The codes need scores of their own: in float32, of the images of all processes and of
+        # the queue.
+        z1 = gather(z[0].detach().float())
         z2 = gather(z[1].detach().float())
         large_z = torch.stack([z1, z2])
         use_queue = args.queue_size > 0 and step >= queue_full
@@ -361,7 +335,6 @@ def train(args):
             save_checkpoint(args, done, train_set, model, optimizer, backbone)
             saved_at = time.monotonic()
     save_checkpoint(args, total_steps, train_set, model, optimizer, backbone)
-    save_prototypes(args, model, train_set, device)
     report = evaluate(backbone, untrained, train_set, test_set, args.eval_size, device)
     write_log(args, {"step": total_steps, "report": report})
 
@@ -395,8 +368,8 @@ def parse_args(argv=None):
     from common import make_parser, parse_with_recipe
 
     parser = make_parser("swav", __doc__, RECIPES)
-    parser.epilog = ("The log's `code entropy` should stay clearly between 0 and 1, and the "
-                     "loss fall below ln K.")
+    parser.epilog = ("The log's `code entropy` should stay clearly below 1, and the loss "
+                     "fall below ln K.")
     parser.set_defaults(weight_decay=1e-6)  # the paper's, in all recipes
     add = parser.add_argument
     add("--optimizer", choices=["lars", "adam"], help="paper: lars")
@@ -427,7 +400,7 @@ def parse_args(argv=None):
 # Sources. imagenet: the authors' recipe for batches of 256 (facebookresearch/swav; linear probe
 # 72.7 %). Theirs for batches of 4096 (rate 0.3 per 256, 10 epochs of warm-up, no queue) reaches
 # 75.3 % in 800 epochs. cifar: lightly's CIFAR-10 benchmark, with the authors' frozen first epoch.
-# demo: the best values measured on the synthetic images. cpu: standard values.
+# demo: the best values measured on the synthetic images. cpu: chosen without a search.
 #
 # Departures from the paper: prototypes are normalized before each forward pass, as in the official
 # code (paper: after each update, which differs at the first and the last step alone); LARS for the

@@ -583,7 +583,7 @@ def test_augmentations_are_those_of_the_papers(recipe, blurs, solarized, operati
     for blur, solarize in zip(blurs, solarized):
         expected.append(("random_resized_crop", {"size": 96, "scale": (0.2, 1.0)}))
         expected += COLORS[recipe]
-        expected.append(("gaussian_blur", {"p": blur, "sigma": (0.1, 2.0)}))
+        expected.append(("gaussian_blur", {"p": blur, "kernel_size": 13, "sigma": (0.1, 2.0)}))
         expected.append(("random_solarize", {"p": solarize}))
         expected.append(("random_horizontal_flip", {"p": 0.5}))
         expected.append(("normalize", {}))

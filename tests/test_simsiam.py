@@ -154,7 +154,7 @@ def test_augmentation_is_that_of_the_official_code(operations, monkeypatch, clas
             ("color_jitter", {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1,
                               "p": 0.8}),
             ("random_grayscale", {"p": 0.2}),
-            ("gaussian_blur", {"p": 0.5, "sigma": (0.1, 2.0)}),
+            ("gaussian_blur", {"p": 0.5, "kernel_size": 13, "sigma": (0.1, 2.0)}),
             ("random_horizontal_flip", {"p": 0.5}),
             ("normalize", {})]
     assert operations == 4 * view  # two views in views.png, and two in the only step

@@ -11,7 +11,7 @@ from torch import nn
 import common
 import linear_probe
 import swav
-from swav import LARS, SwAV, code_entropy, nearest_views, sinkhorn, swav_loss
+from swav import LARS, SwAV, code_entropy, sinkhorn, swav_loss
 
 # ---- codes
 
@@ -273,27 +273,6 @@ def test_queue_is_compared_with_the_present_prototypes():
 # ---- pictures
 
 
-class Angle(nn.Module):
-    """A number -> a unit vector that turns with it."""
-
-    def forward(self, x):
-        return torch.cat([x.cos(), x.sin()], 1)
-
-
-def test_nearest_views():
-    """Views of one brightness each; the prototypes are three brightnesses."""
-    brightness = torch.tensor([0.9, 0.1, 0.5, 0.91, 0.52, 0.12, 0.93, 0.13, 0.94])
-    views = brightness[:, None, None, None].expand(9, 3, 8, 8)
-    model = SwAV(nn.Flatten(), 192, proj_dim=2, num_prototypes=3)
-    model.projector = nn.Sequential(nn.AvgPool1d(192), Angle())
-    model.prototypes.weight.data = 7 * Angle()(torch.tensor([[0.1], [0.5], [0.9]]))
-    rows = nearest_views(model, views, count=2)
-    assert rows.shape == (2, 2, 3, 8, 8)
-    assert rows[0, :, 0, 0, 0].tolist() == pytest.approx([0.9, 0.91])  # of four; the nearest first
-    assert rows[1, :, 0, 0, 0].tolist() == pytest.approx([0.1, 0.12])  # of three
-    assert nearest_views(model, views[:1]).shape == (3, 1, 3, 8, 8)  # what there is
-
-
 # ---- optimizer
 
 
@@ -398,14 +377,14 @@ def run_loop(class_folders, monkeypatch, no_report):
 
 def test_views_prototypes_and_rates_of_a_run(run_loop, class_folders):
     seen = run_loop()
-    assert seen.sizes == [[12, 12, 8, 8, 8]] * 5 + [[12]]  # the last is for the picture
-    for length in seen.lengths[:5]:  # unit length at every forward pass
+    assert seen.sizes == [[12, 12, 8, 8, 8]] * 5
+    for length in seen.lengths:  # unit length at every forward pass
         torch.testing.assert_close(length, torch.ones(6))
     assert seen.rates[0] == 9  # 288 per 256 images
     last = 0.009 + (9 - 0.009) * (1 + math.cos(math.pi * 4 / 5)) / 2  # on the way to a thousandth
     assert seen.rates[-1] == pytest.approx(last)
     files = {path.name for path in (class_folders.parent / "out").iterdir()}
-    assert {"views.png", "prototypes.png", "backbone.pth", "checkpoint.pth"} <= files
+    assert {"views.png", "backbone.pth", "checkpoint.pth"} <= files
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "adam"])
