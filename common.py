@@ -230,6 +230,8 @@ def start(device_name, seed):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
+        # cuDNN's attention has given NaN gradients on H100 GPUs (pytorch/pytorch issue 196678)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if torchrun and not dist.is_initialized():
         # gloo for tensors on the CPU; a day, since the others wait while rank 0 evaluates
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -79,28 +79,31 @@ def extract_features(network, images, rows, image_size, device, stages=("",), wh
     image could be read, (N,). Each of W processes encodes every W-th row, and has all in the end.
     what: a name for the progress on the screen; without it, none is shown."""
     mine = torch.arange(len(rows))[rank() :: world_size()]
-    if len(mine) == 0:  # more processes than images: encode one anyway, for the shapes
+    no_row = len(mine) == 0  # more processes than images: encode one anyway, for the shapes
+    if no_row:
         mine = torch.tensor([0])
     parts = mine.split(256)
     loaded = images.load([rows[part] for part in parts], device)
     if what:
         loaded = common.progress(loaded, f"encoding {what}", len(parts))
-    encoded = []
+    features = None
     readable = torch.zeros(len(rows), device=device)
     for part, (pixels, aspect) in zip(parts, loaded):
         view = center_view(pixels, aspect, image_size)
         with common.autocast(device):
-            encoded.append(stage_features(network, stages, view))
-        readable[part.to(device)] = (aspect > 0).float()
-    features = [torch.cat(of_stage) for of_stage in zip(*encoded)]
+            encoded = stage_features(network, stages, view)
+        if features is None:  # filled in place: they may take half of the memory
+            features = [z.new_zeros(len(rows), z.shape[1]) for z in encoded]
+        if no_row:
+            continue
+        part = part.to(device)
+        readable[part] = (aspect > 0).float()
+        for of_stage, z in zip(features, encoded):
+            of_stage[part] = z
     if world_size() > 1:
-        dist.all_reduce(readable)
-        for i, own in enumerate(features):
-            everyones = own.new_zeros(len(rows), own.shape[1])
-            if rank() < len(rows):  # else `own` was encoded only for its shape
-                everyones[mine.to(device)] = own
-            dist.all_reduce(everyones)
-            features[i] = everyones
+        # A row is zero in all processes but the one that encoded it: their sum has them all.
+        for values in [readable, *features]:
+            dist.all_reduce(values)
     return features, readable.bool()
 
 
@@ -246,7 +249,8 @@ def labelled_features(network, images, rows, image_size, device, stages=("",), w
     features, readable = extract_features(network, images, rows, image_size, device, stages, what)
     labels = images.labels[rows].to(device)
     if not readable.all():
-        features = [z[readable] for z in features]
+        for i, z in enumerate(features):
+            features[i] = z[readable]
         labels = labels[readable]
     return features, labels
 
@@ -312,6 +316,7 @@ def evaluate(backbone, untrained, train, test, image_size, device, label_fractio
                     report[f"{name}, MLP"] = report_row(f"{name}, MLP", vote, probe)
                 probe = linear_probe(features, y, test_features, test_y)
                 report[name] = report_row(name, vote, probe)
+        x = test_x = features = test_features = None  # freed, before the next are made
         common.wait_for_all()
     if rank() == 0:
         chance = 100 * test_y.bincount().max() / len(test_y)

@@ -418,8 +418,10 @@ def train(args):
             saved_at = time.monotonic()
     save_checkpoint(args, total_steps, train_set, model, optimizer, backbone)
     save_reconstruction(args, model, train_set, device)
+    # All stages of the largest ViTs on ImageNet would take more memory than a GPU has.
+    layers = args.arch not in ("vit_large", "vit_huge")
     report = evaluate(backbone, untrained, train_set, test_set, args.image_size, device,
-                      layers=True)
+                      layers=layers)
     write_log(args, {"step": total_steps, "report": report})
 
 

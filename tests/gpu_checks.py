@@ -180,10 +180,14 @@ def noted_waits(device):
         warnings.simplefilter("always")
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
-        yield places
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+        try:
+            yield places
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
     for warning in caught:
+        if str(warning.message).startswith("Synchronization debug mode"):  # of the mode itself
+            continue
         places.append(f"{Path(warning.filename).name}:{warning.lineno} {str(warning.message)[:60]}")
 
 

@@ -49,6 +49,7 @@ def train(method, folder, more_flags="", insert=None):
         exec(compile(source, module.__file__, "exec"), scope)
         with mock.patch("linear_probe.evaluate", side_effect=EOFError), pytest.raises(EOFError):
             scope["train"](scope["parse_args"](flags))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
 
     return fake_cuda.record(run)
 

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -395,6 +396,22 @@ def test_evaluation_leaves_the_backbone_as_it_was(networks):
     before = copy.deepcopy(networks[0])
     evaluate(*networks, images, images, 16, CPU, layers=True)
     assert_same_weights(networks[0], before)  # its BN statistics, too
+
+
+def test_a_networks_features_are_freed_before_the_next_are_made(networks, monkeypatch):
+    """Of ImageNet, those of two networks would not fit into a GPU."""
+    images = bright_images([0, 1, 2] * 12)
+    earlier = []
+
+    def labelled(*args):
+        if args[-1].startswith("training images"):  # the first of a network
+            assert not [features for features in earlier if features() is not None]
+        made, labels = labelled_features(*args)
+        earlier.extend(map(weakref.ref, made))
+        return made, labels
+
+    monkeypatch.setattr(linear_probe, "labelled_features", labelled)
+    evaluate(*networks, images, images, 16, CPU, layers=True)
 
 
 def test_report(networks, capsys):

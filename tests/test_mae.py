@@ -428,6 +428,15 @@ def test_run_writes_pictures_and_evaluates_the_stages(class_folders, monkeypatch
     assert evaluations == [{"layers": True}]  # the best features are not at the end
 
 
+def test_the_stages_of_the_largest_are_not_evaluated(class_folders, monkeypatch):
+    evaluations = []
+    monkeypatch.setattr(linear_probe, "evaluate", lambda *args, **given: evaluations.append(given))
+    monkeypatch.setitem(mae.VITS, "vit_large", (32, 1, 2))
+    mae.train(mae.parse_args("--data images --recipe demo -b 8 --epochs 1 --out out "
+                             "-a vit_large".split()))
+    assert evaluations == [{"layers": False}]
+
+
 def test_augmentation_is_that_of_the_paper(operations, class_folders):
     mae.train(mae.parse_args("--data images --recipe imagenet -a vit_micro --image-size 96 -b 8 "
                              "--epochs 0 --decoder-depth 1".split()))
