@@ -10,9 +10,8 @@ correlates with nothing, and copies of one dimension correlate with each other.
 Each image is augmented twice. The D dimensions of z1 are correlated over the batch with those of
 z2, and the loss pulls this D × D matrix towards the identity. Ones on the diagonal make each
 dimension ignore what the augmentation changes; zeros elsewhere make each say something that no
-other says. Images are not compared with each other, so there are no negatives. Both views
-pass through the same network, with gradient: there is no predictor, no stop-gradient and no moving
-average.
+other says. Images are not compared with each other, so there are no negatives. Both views pass
+through one network, with gradient: there is no predictor, no stop-gradient and no moving average.
 
                   ┌─ augment1 ─ view1 ─ backbone ─ features ─ projector ─ z1 ─┐
         image ────┤                        (shared)                           ├─ C = identity

@@ -77,8 +77,8 @@ def rotation_loss(logits, labels):
 
 @torch.no_grad()
 def solved(logits, labels):
-    """Health: the fraction of rows in which the label has the highest logit. It should rise
-    above the chance level, 1 / K. If it is near 1 within the first epochs, the network has found a
+    """Health: the fraction of rows in which the label has the highest logit. It should rise above
+    the chance level, 1 / K. If it is near 1 within the first epochs, the network has found a
     shortcut: a solution that needs no features of objects. (B, K), (B,) -> scalar."""
     return (logits.argmax(1) == labels).float().mean()
 
