@@ -370,13 +370,13 @@ def parse_args(argv=None):
 # Departures from the papers: views of at most 64 pixels are resized bilinearly (official: bicubic);
 # crops are taken from a square canvas of 8/7 of the view's side (official: from the whole image),
 # so that small crops are less sharp, and elongated images lose more (cut them beforehand); training
-# is in bfloat16 on CUDA (official: float16); the blur is a Gaussian, cut off at a twentieth of the
-# side, which at 224 pixels cuts nothing (official: PIL's, made of box blurs). On W GPUs the
-# official gradient is 1/W of the true one: DDP averages it, and the sum of C over the GPUs passes
-# no gradient between them. LARS cancels this for weights (their decay counts W times less here),
-# but not for biases, whose steps are W times longer here. VICReg's projector has biases before its
-# two BN (official), where they have no effect; here it has none. In the official code only: a
-# residual block's last BN starts at 0.
+# is in bfloat16 on CUDA (official: float16); the blur is a Gaussian that reflects the border, cut
+# off at a twentieth of the side, which at 224 pixels cuts nothing (official: PIL's, made of box
+# blurs, which repeats the edge pixels). On W GPUs the official gradient is 1/W of the true one: DDP
+# averages it, and the sum of C over the GPUs passes no gradient between them. LARS cancels this for
+# weights (their decay counts W times less here), but not for biases, whose steps are W times longer
+# here. VICReg's projector has biases before its two BN (official), where they have no effect; here
+# it has none. In the official code only: a residual block's last BN starts at 0.
 
 if __name__ == "__main__":
     from common import main

@@ -230,7 +230,7 @@ def start(device_name, seed):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        # cuDNN's attention has given NaN gradients on H100 GPUs (pytorch/pytorch issue 196678)
+        # cuDNN's attention has given NaN gradients on H100 GPUs (NVIDIA/cudnn-frontend issue 160)
         torch.backends.cuda.enable_cudnn_sdp(False)
     if torchrun and not dist.is_initialized():
         # gloo for tensors on the CPU; a day, since the others wait while rank 0 evaluates
@@ -700,7 +700,7 @@ def load_data(args, device):
 # For the demonstration: procedural, offline. The class is the pattern of a relief; tint, contrast,
 # scale and angle say nothing about it, brightness little. Light falls from above, as from a sky.
 
-PATTERNS = {  # height at (u, v), in radians of the pattern
+PATTERNS = {  # the relief's height at (u, v); u and v are in radians
     "waves": lambda u, v: sin(v + 1.6 * sin(u / 2)),
     "ribs": lambda u, v: sin(u),
     "zigzag": lambda u, v: sin(v + 3 * torch.asin(0.98 * sin(u / 3))),
@@ -1116,7 +1116,7 @@ def load_checkpoint(args, images, model, optimizer):
     data = str(saved["args"]["data"])
     if images.items is not None and data.lower() != args.data.lower():  # their names are numbers
         raise Failure(f"{args.out} was trained on {data}, not {args.data}")
-    # under other ones, the saved step and optimizer would mean something else
+    # the saved step and optimizer mean something only with the same values of these
     for name in "recipe", "batch_size", "optimizer", "weight_decay":
         before = saved["args"].get(name)
         now = vars(args).get(name)

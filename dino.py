@@ -602,11 +602,12 @@ def parse_args(argv=None):
 # view's side (official: from the whole image), so that small crops are less sharp, and elongated
 # images lose more (cut them beforehand); a local view of 5 % of the area comes from 57 pixels of
 # the canvas. From the official code: the teacher's temperature rises by the step (official: by the
-# epoch); blur is a true Gaussian (official: PIL's); position embeddings are interpolated to exactly
-# the size of the grid (official: a tenth of a patch more); bfloat16 without gradient scaling
-# (official: float16, whose logits are finer). As in its default, the lengths of the last layer's
-# weights stay 1; for ViT-S, its help advises to train them (--norm_last_layer false). The survey's
-# formula has two views, and neither temperatures nor a center.
+# epoch); blur is a true Gaussian that reflects the border (official: PIL's); position embeddings
+# are interpolated to exactly the size of the grid (official: a tenth of a patch more); bfloat16
+# without gradient scaling (official: float16, whose logits are finer). As in its default, the
+# lengths of the last layer's weights stay 1; for ViT-S, its help advises to train them
+# (--norm_last_layer false). The survey's formula has two views, and neither temperatures nor a
+# center.
 
 if __name__ == "__main__":
     from common import main

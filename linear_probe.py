@@ -92,7 +92,7 @@ def extract_features(network, images, rows, image_size, device, stages=("",), wh
         view = center_view(pixels, aspect, image_size)
         with common.autocast(device):
             encoded = stage_features(network, stages, view)
-        if features is None:  # filled in place: they may take half of the memory
+        if features is None:  # filled row by row: torch.cat would need twice their memory
             features = [z.new_zeros(len(rows), z.shape[1]) for z in encoded]
         if no_row:
             continue
@@ -316,7 +316,7 @@ def evaluate(backbone, untrained, train, test, image_size, device, label_fractio
                     report[f"{name}, MLP"] = report_row(f"{name}, MLP", vote, probe)
                 probe = linear_probe(features, y, test_features, test_y)
                 report[name] = report_row(name, vote, probe)
-        x = test_x = features = test_features = None  # freed, before the next are made
+        x = test_x = features = test_features = None  # frees them before the next network's
         common.wait_for_all()
     if rank() == 0:
         chance = 100 * test_y.bincount().max() / len(test_y)
@@ -546,7 +546,7 @@ def load_backbone(path, image_size=None, arch=None, stem_padding=1, heads=None, 
 
 RATES = 3e-4, 1e-3, 3e-3  # of all layers, to choose from
 BATCH_SIZE = 64
-MIN_STEPS = 300  # between these, 20 epochs
+MIN_STEPS = 300  # 20 epochs, but no fewer and no more steps than these
 MAX_STEPS = 3000
 
 

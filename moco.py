@@ -605,21 +605,23 @@ def parse_args(argv=None):
 # At 512 the same number of images gives 0.99^(1/8) = 0.9987.) Published linear probes: v1 60.8, v2
 # 67.5, v3 68.9 %, with ViT-S 73.2. v3's 1000 epochs, 74.6 %, have rate 0.3, decay 1.5e-6 and EMA
 # 0.996 (at 512: 0.9995). cifar: moco's CIFAR-10 notebook, which mixes v1's projector and v2's
-# jitter (here v2's projector). demo: measured on the synthetic images. cpu: chosen without a
-# search. v3 on 32 pixels, never run: of solo-learn's values, --version 3 --temperature 0.2
-# --proj-dim 256 --solarize2 0.2; its LARS (rate 0.3) is another.
+# jitter (here v2's projector, and ImageNet's mean and std). demo: measured on the synthetic images.
+# cpu: chosen without a search. v3 on 32 pixels was never run; solo-learn's values are --version 3
+# --temperature 0.2 --proj-dim 256 --solarize2 0.2 --optimizer lars --weight-decay 1e-6
+# --warmup-epochs 10, and a rate that has to be searched here, since its LARS (rate 0.3, η 0.02)
+# clips the adapted rate.
 #
 # Departures from the papers: the learning rate falls on a cosine per step (v1: to a tenth at epochs
 # 120 and 160 of 200; v2: per epoch). BN groups are parts of the total batch, whatever the number of
 # GPUs, and their running statistics are averaged (official: the first GPU's). The queue need not be
 # a multiple of the batch. The target moves at the start of a step, as in the official code; in the
 # papers' algorithms it moves at the end, which is the same except for v3's schedule. Blur is a true
-# Gaussian (official: PIL's, made of box blurs). Training is in bfloat16 on CUDA (official: v1 and
-# v2 float32, v3 float16). Crops are taken from a square canvas of 8/7 of the view's side (official:
-# from the whole image), so that small crops are less sharp, and elongated images lose more (cut
-# them beforehand). In the official code only: in v3 a residual block's last BN starts at 0, a
-# ResNet's predictor does not end in BN, other last BN layers have no scale and offset; how often
-# views are blurred and solarized.
+# Gaussian that reflects the border (official: PIL's, made of box blurs, which repeats the edge
+# pixels). Training is in bfloat16 on CUDA (official: v1 and v2 float32, v3 float16). Crops are
+# taken from a square canvas of 8/7 of the view's side (official: from the whole image), so that
+# small crops are less sharp, and elongated images lose more (cut them beforehand). In the official
+# code only: in v3 a residual block's last BN starts at 0, a ResNet's predictor does not end in BN,
+# other last BN layers have no scale and offset; how often views are blurred and solarized.
 
 if __name__ == "__main__":
     from common import main

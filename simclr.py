@@ -297,7 +297,8 @@ def nce_loss(z1, z2, temperature):
 
         L_i = -log h_ii - Σ_{j≠i} log(1 - h_ij),   h = exp(s) / (exp(s) + k) = σ(s - ln k)
 
-    exp(s) stands for p / p_n (in InstDisc: n p / Z). Chance, s = 0: B ln B - (B - 1) ln(B - 1).
+    exp(s) stands for p / p_n (in InstDisc: n exp(s) / Z).
+    Chance level, at s = 0: B ln B - (B - 1) ln(B - 1).
     """
     logits = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T / temperature
     logits = logits - math.log(len(z1) - 1)
@@ -344,15 +345,17 @@ def debiased_loss(z1, z2, temperature, positive_prior=0.1):
 
 
 def hard_negative_loss(z1, z2, temperature, positive_prior=0.1, concentration=1.0):
-    """Hard negatives (2010.04592): debiased_loss, but in its mean over k exp(s_ik) has a weight
-    ∝ exp(β s_ik), differentiated too. Concentration β = 0: debiased_loss; τ+ = 0 too: NT-Xent."""
+    """Hard negatives (2010.04592): debiased_loss, but its mean over k is weighted. The weights are
+    ∝ exp(β s_ik), and gradients pass through them. With concentration β = 0 it is debiased_loss;
+    with τ+ = 0, too, it is NT-Xent."""
     positives, negatives = positives_and_negatives(z1, z2, temperature)
     # False negatives, images of i's own class, make up a share of the mean: τ+ exp(s_i+) / mean.
     # g = mean · (1 - share) / (1 - τ+), at least exp(-1/τ). All of it in logarithms, as exp(1/τ)
     # may overflow.
     log_mean = ((concentration * negatives).log_softmax(1) + negatives).logsumexp(1)
     log_share = positives - log_mean + math.log(max(positive_prior, 1e-300))  # τ+ may be 0
-    # From a share of 1 on, nothing is left of the mean: g is then its floor.
+    # From a share of 1 on, nothing is left of the mean, and g is its floor. Cut off just below 1,
+    # since the logarithm of nothing has no gradient.
     log_share = log_share.clamp(max=-torch.finfo(z1.dtype).tiny)
     log_g = log_mean + (-torch.expm1(log_share)).log() - math.log(1 - positive_prior)
     log_g = log_g.clamp(min=-1 / temperature)
@@ -387,9 +390,9 @@ OTHER_LOSSES = {"infonce": infonce_loss, "nce": nce_loss, "flatnce": flatnce_los
 # Sources. imagenet: the paper and google-research/simclr (batch 4096; its rate, 0.075 √B, is 0.85
 # per 256 images at batch 512, and 0.3 at 4096; decay 1e-4, in the paper 1e-6; published linear
 # probe after 100 epochs with batch 4096: about 64.5 %). cifar: augmentation and warm-up of that
-# repository; SGD, rate, decay and batch of lightly's CIFAR-10 benchmark. demo: measured on the
-# synthetic images. cpu: measured on CIFAR-10; trained on views of 24 pixels and evaluated at 32, as
-# in FixRes (1906.06423).
+# repository; SGD, rate, decay and batch of lightly's CIFAR-10 benchmark (which decays biases and
+# BN, too). demo: measured on the synthetic images. cpu: measured on CIFAR-10; trained on views of
+# 24 pixels and evaluated at 32, as in FixRes (1906.06423).
 #
 # Departures from the paper: pixels are normalized by ImageNet's mean and std (official: in [0, 1]);
 # views of at most 64 pixels are resized bilinearly (official: bicubic), larger ones with

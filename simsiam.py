@@ -251,10 +251,11 @@ def parse_args(argv=None):
 # Departures from the paper: crops are taken from a square canvas of 8/7 of the view's side
 # (official: from the whole image), so that small crops are less sharp, and elongated images lose
 # more (cut them beforehand). From the official code: training is in bfloat16 on CUDA (official:
-# float32); blur is a true Gaussian (official: PIL's, made of box blurs); the projector's last
-# linear layer has no frozen bias, which the BN after it would remove, and its hidden layers are as
-# wide as z (official: as the features). As in the paper's appendix, a residual block's last BN
-# starts at 0. In the official code only: the projector's last BN has neither scale nor offset.
+# float32); blur is a true Gaussian that reflects the border (official: PIL's, made of box blurs,
+# which repeats the edge pixels); the projector's last linear layer has no frozen bias, which the BN
+# after it would remove, and its hidden layers are as wide as z (official: as the features). As in
+# the paper's appendix, a residual block's last BN starts at 0. In the official code only: the
+# projector's last BN has neither scale nor offset.
 
 if __name__ == "__main__":
     from common import main

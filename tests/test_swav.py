@@ -270,9 +270,6 @@ def test_queue_is_compared_with_the_present_prototypes():
     torch.testing.assert_close(scores, new @ model.prototypes.weight.T)
 
 
-# ---- pictures
-
-
 # ---- optimizer
 
 
