@@ -249,7 +249,7 @@ def labelled_features(network, images, rows, image_size, device, stages=("",), w
     features, readable = extract_features(network, images, rows, image_size, device, stages, what)
     labels = images.labels[rows].to(device)
     if not readable.all():
-        for i, z in enumerate(features):
+        for i, z in enumerate(features):  # one at a time: twice all of them might not fit
             features[i] = z[readable]
         labels = labels[readable]
     return features, labels
