@@ -25,9 +25,9 @@ Run      python barlow.py                       demonstration: synthetic images,
          python barlow.py --data path           a folder of images, or cifar10
          python barlow.py --loss vicreg --lr-biases 0.2
          torchrun --nproc-per-node=8 barlow.py --data path
-Reuse    from barlow import BarlowTwins, barlow_loss, vicreg_loss, LARS, cosine_schedule
-         (needs torch only)
-         `train` shows one step, from the learning rates to optimizer.step().
+Reuse    from barlow import BarlowTwins, barlow_loss, vicreg_loss, make_optimizer, cosine_schedule
+         (needs torch only). `train` shows one step, from the two learning rates, which
+         make_optimizer leaves at 0, to optimizer.step().
 """
 
 import copy
@@ -131,8 +131,8 @@ def health(z1, z2):
     """Health: (B, D), (B, D) -> three scalars by name.
 
     diagonal: the mean of C_ii. Rises towards 1; 0 where z is constant.
-    off_diagonal: the mean of |C_ij|, i ≠ j. Falls towards 0, or to the chance level 0.8 / √B; near
-        1 where all dimensions say the same.
+    off_diagonal: the mean of |C_ij|, i ≠ j; of unrelated dimensions 0.8 / √B. Rises at first, then
+        falls, in short runs to about 0.2; near 1 where all dimensions say the same.
     std: the mean standard deviation of the dimensions of z1. About 1 in VICReg, where 0 shows that
         z is constant; left free by Barlow Twins.
     """
@@ -173,7 +173,8 @@ class LARS(torch.optim.Optimizer):
         g ← g + weight_decay · w;   v ← momentum · v + η · |w| / |g| · g;   w ← w - lr · v
 
     lr multiplies v after the momentum update, as in Barlow Twins' official code; in SimCLR's it
-    multiplies the gradient before. A parameter group with adapt=False gets plain SGD with momentum.
+    multiplies the gradient before it enters v. A parameter group with adapt=False gets plain SGD
+    with momentum.
     """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.9, eta=0.001, adapt=True):
@@ -273,7 +274,7 @@ def train(args):
                                              end=peak_lr_biases / 1000)
         view1 = augment1(images, aspect)
         view2 = augment2(images, aspect)
-        with autocast(device):
+        with autocast(device):  # without the loss, which needs float32
             z1, z2 = network(view1, view2)
         z1 = gather(z1.float())  # correlations over all processes
         z2 = gather(z2.float())

@@ -122,14 +122,19 @@ def make_parser(method, doc, recipes, networks=NETWORKS):
 
 def add_data_flags(parser):
     """The flags that training and linear_probe.py share."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        cores = len(os.sched_getaffinity(0))  # a job may use fewer than the machine has
+    else:
+        cores = os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine, under torchrun
-    workers = min(16, (os.cpu_count() or 1) // processes)
+    workers = min(16, cores // processes)
     add = parser.add_argument
     add("--image-size", type=int, help="side of a view, in pixels")
     add("--max-images", type=int, help="use only this many training and test images")
     add("--memory", type=float, default=8.0, help="GB of images that this machine may keep in "
         "memory; larger sets are decoded anew for each batch")
-    add("-j", "--workers", type=int, default=workers, help="decoding processes per GPU")
+    add("-j", "--workers", type=int, default=workers, help="decoding processes per GPU; in Docker "
+        "they need --ipc=host")
     add("--device", help="cpu, cuda, cuda:1, ...; without it, CUDA if there is one")
     add("--seed", type=int, default=0, help="seed of all randomness")
 
@@ -227,6 +232,8 @@ def start(device_name, seed):
     except (AssertionError, ImportError, RuntimeError) as error:  # none such, or it is full
         reason = str(error).splitlines()[0]
         raise Failure(f"--device {name}: {reason}")
+    if device.type not in ("cpu", "cuda"):
+        raise Failure(f"--device {name}: only cpu and cuda are supported")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
@@ -411,8 +418,11 @@ class ImageSet:
                 indices = indices.to(self.pixels.device)
                 yield self.pixels[indices].to(device), self.aspect[indices].to(device)
             return
+        workers = self.workers
+        if isinstance(index_lists, list):  # for few batches, workers start too slowly
+            workers = min(workers, len(index_lists) // 2)
         loader = DataLoader(self, batch_sampler=(indices.tolist() for indices in index_lists),
-                            num_workers=self.workers, pin_memory=device.type == "cuda",
+                            num_workers=workers, pin_memory=device.type == "cuda",
                             generator=torch.Generator())  # else it draws from the global one
         for pixels, aspect, indices, reasons in loader:
             for row, reason in enumerate(reasons):
@@ -660,11 +670,17 @@ def load_data(args, device):
     """-> (training, test) ImageSets, decoded if they fit into --memory; test is None where there is
     none. Images keep the detail of a canvas 8/7 of the view (256 pixels for 224), at least 64
     pixels, and no larger than the median image."""
+    # Rank 0 may download the set for all; then on each machine, if it is not there, one process.
     if rank() == 0:
-        sets = find_sets(args.data)  # it downloads for the others
-    wait_for_all()
-    if rank() > 0:
-        sets = find_sets(args.data)
+        turn = 0
+    elif os.environ.get("LOCAL_RANK") == "0":
+        turn = 1
+    else:
+        turn = 2
+    for now in range(3):
+        if now == turn:
+            sets = find_sets(args.data)
+        wait_for_all()
     sets = [images for images in sets if images is not None]
     if args.max_images:
         sets = [images.subset(sorted(hash_order(images.names)[: args.max_images]))
@@ -1177,8 +1193,8 @@ def batches(images, args, first_step, device):
     for step, (pixels, aspect) in enumerate(loaded, first_step):
         seed = (args.seed + 1) * 1_000_003 + step  # other seeds overlap after 10⁶ steps
         torch.default_generator.manual_seed(seed)  # torch.manual_seed costs 100 times more
-        if device.type != "cpu":
-            getattr(torch, device.type).manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         yield step, pixels, aspect
 
 

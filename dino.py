@@ -20,10 +20,12 @@ learns to predict the teacher's output for another one: it has to recognize the 
 Run      python dino.py                         demonstration: synthetic images, CPU, minutes
          python dino.py --data path             a folder of images, or cifar10
          torchrun --nproc-per-node=8 dino.py --data path
-Reuse    from dino import (DINO, ViT, cosine_schedule, clip_gradients, dino_loss, ema_update,
-                           update_center)                              (needs torch only)
-         `train` shows one step. Its order: dino_loss, backward, clip_gradients,
-         optimizer.step, ema_update of the teacher, update_center with the teacher's mean.
+Reuse    from dino import (DINO, ViT, dino_loss, clip_gradients, ema_update, update_center,
+                           make_optimizer, cosine_schedule, linear_schedule)  (needs torch only)
+         `train` shows one step, from the learning rate, which make_optimizer leaves at 0. Its
+         order: dino_loss, backward, clip_gradients, no gradient for the last layer in the first
+         epoch, optimizer.step, ema_update of the teacher, update_center with the teacher's mean.
+         Weight decay and EMA momentum rise on a cosine, the teacher's temperature on a line.
 """
 
 import copy
@@ -223,6 +225,8 @@ def without_dropout(network):
         if type(module).__name__.startswith(("Dropout", "StochasticDepth", "DropPath")):
             module.p = 0.0  # torch's and torchvision's name
             module.drop_prob = 0.0  # timm's
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
     return network
 
 
@@ -243,8 +247,8 @@ class DINO(nn.Module):
 
     def forward(self, global_views, local_views, noise=None):
         """Lists of 2 and of V - 2 views (B, 3, H, W) -> logits of the student (V, B, K) and of the
-        teacher (2, B, K). In the backbone, views of one size share a pass, and so BN statistics; in
-        the head, all views do.
+        teacher (2, B, K). In the backbone, the global views share a pass, and so BN statistics, and
+        so do the local ones; in the head, all views do.
 
         noise (V, B, depth, 2): random numbers for the student, if it is a ViT; may be left out.
         """
@@ -458,7 +462,7 @@ def train(args):
         if stochastic_depth:
             noise = uniform(len(images), 2 + args.local_views, depth, 2, device=device)
             noise = noise.transpose(0, 1)  # (V, B, depth, 2)
-        with autocast(device):
+        with autocast(device):  # without the loss, which needs float32
             student_logits, teacher_logits = network([view1, view2], local_views, noise)
         student_logits = student_logits.float()
         teacher_logits = teacher_logits.float()

@@ -20,8 +20,15 @@ Run      python jigsaw.py                       demonstration: synthetic images,
          python jigsaw.py --data path           a folder of images, or cifar10
          torchrun --nproc-per-node=8 jigsaw.py --data path
 Reuse    from jigsaw import (Jigsaw, permutation_set, cut_tiles, shuffle, normalize_tiles,
-                             jigsaw_loss)       (needs torch only)
-         `train` shows one step, from the learning rate to optimizer.step().
+                             jigsaw_loss, make_optimizer, stepwise_schedule)
+         (needs torch only). `train` shows one step, from the learning rate, which make_optimizer
+         leaves at 0. In a single process, its loss is
+             labels = torch.randint(len(model.orders), (len(images),), device=images.device)
+             tiles = shuffle(cut_tiles(images, 3, tile_size), model.orders[labels])
+             loss = jigsaw_loss(model(normalize_tiles(tiles)), labels)
+         In the end the backbone's BN has statistics of tiles. For whole images, calibrate it:
+         reset_running_stats() and momentum = None in its BN layers, and some batches of whole
+         images in training mode, as in linear_probe.py's calibrate_batch_norm.
 """
 
 import copy
@@ -61,8 +68,8 @@ def cut_tiles(images, grid, tile_size, offsets=None):
 
 
 def shuffle(tiles, places):
-    """The tiles from these places of the image: (B, M, 3, t, t), (B, N) -> (B, N, 3, t, t).
-    Tile n is then the one from place places[:, n]."""
+    """Tile n of the result is the one from place places[:, n] of the image: (B, M, 3, t, t),
+    (B, N) -> (B, N, 3, t, t)."""
     image = torch.arange(len(tiles), device=tiles.device)[:, None]
     return tiles[image, places]
 
@@ -165,13 +172,13 @@ def random_square(images, aspect, size):
 
 def random_puzzles(images, aspect, make_view, orders, tile_size):
     """Make views of the images, cut and shuffle them -> tiles (B, N, 3, t, t), each image's in
-    a random one of the `orders` (P, N), and the index of this order (B,)."""
+    a random one of the `orders` (P, N), and the labels, indices of these orders, (B,)."""
     from common import uniform
 
     offsets = uniform(len(images), 9, 2, device=images.device)
-    order = uniform(len(images), device=images.device, high=len(orders)).long()
+    labels = uniform(len(images), device=images.device, high=len(orders)).long()
     tiles = cut_tiles(make_view(images, aspect), 3, tile_size, offsets)
-    return shuffle(tiles, orders[order]), order
+    return shuffle(tiles, orders[labels]), labels
 
 
 # --------------------------------------------------------------------------- the sets of orders
@@ -190,7 +197,7 @@ def all_permutations(n):
 def permutation_set(count, tiles, seed):
     """Permutations of the tiles that differ in many places -> (count, tiles), int64.
 
-    Nobody could tell apart two orders that differ in two tiles only, if both of these show sky. The
+    Two orders that differ in two tiles only cannot be told apart where both tiles show sky. The
     search is greedy: the first permutation is random; each next one has, of all permutations, the
     largest Hamming distance to the nearest of those chosen before it, and among equals the largest
     sum of the distances to all of them. The seed decides the first, and what is still equal.
@@ -297,8 +304,8 @@ def train(args):
     first_step = load_checkpoint(args, train_set, model, optimizer)  # 0, or where to resume
     network = parallel(model, args.compile)  # DDP and SyncBN when there are several processes
     shown, shown_aspect = examples(train_set, device)
-    shown_tiles, shown_order = make_puzzles(shown, shown_aspect)
-    save_puzzles(f"{args.out}/views.png", shown, shown_tiles, model.orders[shown_order])
+    shown_tiles, shown_labels = make_puzzles(shown, shown_aspect)
+    save_puzzles(f"{args.out}/views.png", shown, shown_tiles, model.orders[shown_labels])
     untrained_knn = None  # measured when the first epoch ends
     started = saved_at = time.monotonic()
 
@@ -307,10 +314,10 @@ def train(args):
                                args.lr_factor)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        tiles, order = make_puzzles(images, aspect)
-        with autocast(device):
+        tiles, labels = make_puzzles(images, aspect)
+        with autocast(device):  # without the loss, which needs float32
             logits = network(normalize_tiles(tiles))
-        loss = jigsaw_loss(logits.float(), order)
+        loss = jigsaw_loss(logits.float(), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -319,7 +326,7 @@ def train(args):
         epoch_ends = done % steps_per_epoch == 0
         if done == 1 or done % args.print_freq == 0 or epoch_ends:
             log(args, done, total_steps, first_step, started, lr=lr, loss=loss, chance=chance,
-                puzzles_solved=solved(logits, order))
+                puzzles_solved=solved(logits, labels))
         if epoch_ends:
             paused = time.monotonic()
             if untrained_knn is None:
@@ -398,20 +405,20 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------- sources and departures
 
 # Sources. imagenet: vissl's ResNet-50 (linear probe 48.57 %; with 2000 permutations instead of 100
-# it has 46.73), which has no hidden layer, normalizes no tiles and does not decay BN. cifar: tiles
-# in proportion, not tuned. cpu: measured on CIFAR-10, at twice its size. demo: measured on the
-# synthetic images.
+# it has 46.73); there the head has no hidden layer, tiles are not normalized one by one, and BN is
+# not decayed. cifar: tiles in proportion, not tuned. cpu: measured on CIFAR-10, at twice its size.
+# demo: measured on the synthetic images.
 #
 # Departures from the papers: the backbone is a ResNet (paper: AlexNet); the embedding of a tile and
 # the flips are vissl's, the hidden layer is that of Kolesnikov et al. (2019), without dropout; the
 # channels of a tile are not jittered; at the end the backbone's BN is calibrated on whole images,
-# before it is saved (an earlier backbone.pth has statistics of tiles); crops are taken from a
-# square canvas of 8/7 of the view's side, so that elongated images lose detail (cut them
+# before it is saved (a backbone.pth saved during training has those of tiles); crops are taken from
+# a square canvas of 8/7 of the view's side, so that elongated images lose detail (cut them
 # beforehand); training is in bfloat16 on CUDA. A permutation is chosen by its smallest distance,
 # then by its mean (paper: by the mean alone). The relative task has the puzzle's gaps (paper: half
-# a tile; --tile-size 57 of 255 gives that) and turns images gray (paper: drops or projects color
-# channels). The first layer is the same for tiles and for whole images (paper: stride 2 for tiles,
-# then 4).
+# a tile; --tile-size 57 of 255 gives that on average) and turns images gray (paper: drops or
+# projects color channels). The first layer is the same for tiles and for whole images (paper:
+# stride 2 for tiles, then 4).
 
 if __name__ == "__main__":
     from common import main

@@ -18,8 +18,10 @@ left that continuing lines and textures is not enough: one has to recognize what
 Run      python mae.py                          demonstration: synthetic images, CPU, minutes
          python mae.py --data path              a folder of images, or cifar10
          torchrun --nproc-per-node=8 mae.py --data path
-Reuse    from mae import MAE, ViT, mae_loss, cosine_schedule              (needs torch only)
-         `train` shows one step, from the learning rate to optimizer.step().
+Reuse    from mae import (MAE, ViT, mae_loss, SimMIM, simmim_loss, reconstruct, make_optimizer,
+                          cosine_schedule)
+         (needs torch only). `train` shows one step, from the learning rate, which make_optimizer
+         leaves at 0, to optimizer.step().
 """
 
 import copy
@@ -391,7 +393,7 @@ def train(args):
             group["lr"] = lr
         views = make_view(images, aspect)
         noise = uniform(len(views), num_patches, device=device)  # it decides what is removed
-        with autocast(device):
+        with autocast(device):  # without the loss, which needs float32
             prediction, mask = network(views, noise)
         prediction = prediction.float()
         loss = loss_function(prediction, views, mask)

@@ -25,15 +25,16 @@ Run      python moco.py                         demonstration: synthetic images,
          python moco.py --data path --recipe imagenet-v3-vit
          torchrun --nproc-per-node=8 moco.py --data path
          python linear_probe.py --checkpoint runs/moco/backbone.pth --heads 12     for vit_small
-Reuse    from moco import MoCo, MoCoV3, ema_update, moco_loss, moco_v3_loss, make_vit
-                                                     (needs torch and torchvision only)
-         `train` shows one step. Its order: ema_update, shuffle_rows, forward, moco_loss,
-         backward, optimizer.step, enqueue; v3 has neither shuffle_rows nor enqueue. In a single
-         process, shuffle_rows is
+Reuse    from moco import (MoCo, MoCoV3, ema_update, moco_loss, moco_v3_loss, make_vit,
+                           make_optimizer, cosine_schedule)   (needs torch and torchvision only)
+         `train` shows one step, from the learning rate, which make_optimizer leaves at 0. v1 and
+         v2: ema_update, shuffle_rows, forward, moco_loss, backward, optimizer.step, enqueue. In a
+         single process, shuffle_rows is
              order = torch.randperm(len(view2))
              view2 = view2[order]
          and after the forward pass key = key[order.argsort()]. Without it, BN may give the
-         positive away.
+         positive away. v3 neither shuffles nor has a queue; its EMA momentum rises to 1, and its
+         loss is moco_v3_loss(query1, key2) + moco_v3_loss(query2, key1).
 """
 
 import copy
@@ -52,9 +53,9 @@ from torchvision.models import VisionTransformer
 class MoCo(nn.Module):
     """v1 and v2: the online network, the target (its moving average), and the queue of keys.
 
-    backbone: (B, 3, H, W) -> (B, feature_dim). Its BN layers are replaced by `GroupBatchNorm`.
-    proj_layers: 1 in v1, 2 in v2. queue_size: in keys. bn_groups: the number of parts of a batch
-    that BN normalizes separately.
+    backbone: (B, 3, H, W) -> (B, feature_dim). Its BN layers are replaced, in place, by
+    `GroupBatchNorm`. proj_layers: 1 in v1, 2 in v2. queue_size: in keys. bn_groups: the number of
+    parts of a batch that BN normalizes separately.
     """
 
     def __init__(self, backbone, feature_dim, proj_dim=128, proj_layers=2, queue_size=65536,
@@ -144,12 +145,15 @@ def without_dropout(network):
         if type(module).__name__.startswith(("Dropout", "StochasticDepth", "DropPath")):
             module.p = 0.0  # torch's and torchvision's name
             module.drop_prob = 0.0  # timm's
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
     return network
 
 
 class GroupBatchNorm(nn.BatchNorm2d):
     """BN that normalizes `groups` parts of the batch separately, as that many GPUs would, each of
     at least two images. The running statistics follow the mean over the parts.
+    nn.SyncBatchNorm.convert_sync_batchnorm would replace it, and undo the groups.
 
     norm: the nn.BatchNorm2d whose parameters and buffers it takes over.
     """
@@ -170,15 +174,18 @@ class GroupBatchNorm(nn.BatchNorm2d):
         groups = max(1, min(self.groups, len(x) // 2))
         # batch_norm updates the buffers that it is given: with a momentum of 1, it overwrites them
         # with the mean and variance of this part.
-        statistics = self.running_mean.new_zeros(groups, 2, x.shape[1])  # means and variances
         outputs = []
-        for i, part in enumerate(x.tensor_split(groups)):
-            part_mean, part_variance = statistics[i]  # views: batch_norm writes into them
-            outputs.append(F.batch_norm(part, part_mean, part_variance, self.weight, self.bias,
+        means = []
+        variances = []
+        for part in x.tensor_split(groups):
+            mean = torch.zeros_like(self.running_mean)
+            variance = torch.zeros_like(self.running_var)
+            outputs.append(F.batch_norm(part, mean, variance, self.weight, self.bias,
                                         training=True, momentum=1.0, eps=self.eps))
-        mean, variance = statistics.mean(0)
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance, self.momentum)
+            means.append(mean)
+            variances.append(variance)
+        self.running_mean.lerp_(torch.stack(means).mean(0), self.momentum)
+        self.running_var.lerp_(torch.stack(variances).mean(0), self.momentum)
         self.num_batches_tracked.add_(1)
         return torch.cat(outputs)
 
@@ -358,7 +365,8 @@ class LARS(torch.optim.Optimizer):
         g ← g + weight_decay · w;   v ← momentum · v + η · |w| / |g| · g;   w ← w - lr · v
 
     lr multiplies v after the momentum update, as in Barlow Twins' official code; in SimCLR's it
-    multiplies the gradient before. A parameter group with adapt=False gets plain SGD with momentum.
+    multiplies the gradient before it enters v. A parameter group with adapt=False gets plain SGD
+    with momentum.
     """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.9, eta=0.001, adapt=True):
@@ -486,7 +494,7 @@ def train(args):
         ema_update(model.target, model.online, ema_momentum)
         if args.version < 3:
             view2, order = shuffle_rows(view2)
-            with autocast(device):
+            with autocast(device):  # without the loss, which needs float32
                 query, key = network(view1, view2)
             query = gather(query.float())
             key = gather(key.float())
@@ -494,7 +502,7 @@ def train(args):
             key = key[unshuffle]  # row i is again the key of query i
             loss = moco_loss(query, key, model.queue, args.temperature)
         else:
-            with autocast(device):
+            with autocast(device):  # without the loss, which needs float32
                 query1, query2, key1, key2 = network(view1, view2)
             query1 = gather(query1.float())
             query2 = gather(query2.float())
@@ -602,14 +610,14 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------- sources and departures
 
 # Sources. imagenet: the papers and facebookresearch/moco and moco-v3. (v3: batch 4096 and EMA 0.99.
-# At 512 the same number of images gives 0.99^(1/8) = 0.9987.) Published linear probes: v1 60.8, v2
-# 67.5, v3 68.9 %, with ViT-S 73.2. v3's 1000 epochs, 74.6 %, have rate 0.3, decay 1.5e-6 and EMA
-# 0.996 (at 512: 0.9995). cifar: moco's CIFAR-10 notebook, which mixes v1's projector and v2's
-# jitter (here v2's projector, and ImageNet's mean and std). demo: measured on the synthetic images.
-# cpu: chosen without a search. v3 on 32 pixels was never run; solo-learn's values are --version 3
-# --temperature 0.2 --proj-dim 256 --solarize2 0.2 --optimizer lars --weight-decay 1e-6
-# --warmup-epochs 10, and a rate that has to be searched here, since its LARS (rate 0.3, η 0.02)
-# clips the adapted rate.
+# At batch 512 the average covers as many images with 0.99^(1/8) = 0.9987.) Published linear probes:
+# v1 60.8, v2 67.5, v3 68.9 %, with ViT-S 73.2. v3's 1000 epochs, 74.6 %, have rate 0.3, decay
+# 1.5e-6 and EMA 0.996 (at 512: 0.9995). cifar: moco's CIFAR-10 notebook, which mixes v1's projector
+# and v2's jitter (here v2's projector, and ImageNet's mean and std). demo: measured on the
+# synthetic images. cpu: chosen without a search. v3 on 32 pixels was never run; solo-learn's values
+# are --version 3 --temperature 0.2 --proj-dim 256 --solarize2 0.2 --optimizer lars --weight-decay
+# 1e-6 --warmup-epochs 10, and a rate that has to be searched here, since its LARS (rate 0.3, η
+# 0.02) clips the adapted rate.
 #
 # Departures from the papers: the learning rate falls on a cosine per step (v1: to a tenth at epochs
 # 120 and 160 of 200; v2: per epoch). BN groups are parts of the total batch, whatever the number of

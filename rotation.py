@@ -17,8 +17,10 @@ shapes. Images without an up-direction (from satellites or microscopes) teach it
 Run      python rotation.py                     demonstration: synthetic images, CPU, minutes
          python rotation.py --data path         a folder of images, or cifar10
          torchrun --nproc-per-node=8 rotation.py --data path
-Reuse    from rotation import RotNet, rotate_four, rotation_loss         (needs torch only)
-         `train` shows one step, from the learning rate to optimizer.step().
+Reuse    from rotation import (RotNet, rotate_four, rotation_loss, make_optimizer,
+                               stepwise_schedule)
+         (needs torch only). `train` shows one step, from the learning rate, which make_optimizer
+         leaves at 0, to optimizer.step().
 """
 
 import copy
@@ -207,7 +209,7 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         rotated, rotation = rotate_four(make_view(images, aspect))
-        with autocast(device):
+        with autocast(device):  # without the loss, which needs float32
             logits = network(rotated)
         loss = rotation_loss(logits.float(), rotation)
         optimizer.zero_grad()

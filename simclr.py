@@ -17,8 +17,9 @@ backbone learns features that the augmentation does not change and that tell ima
 Run      python simclr.py                       demonstration: synthetic images, CPU, minutes
          python simclr.py --data path           a folder of images, or cifar10
          torchrun --nproc-per-node=8 simclr.py --data path
-Reuse    from simclr import SimCLR, simclr_loss, LARS, cosine_schedule    (needs torch only)
-         `train` shows one step, from the learning rate to optimizer.step().
+Reuse    from simclr import SimCLR, simclr_loss, make_optimizer, cosine_schedule
+         (needs torch only). `train` shows one step, from the learning rate, which make_optimizer
+         leaves at 0, to optimizer.step().
 """
 
 import copy
@@ -116,7 +117,8 @@ class LARS(torch.optim.Optimizer):
         g ← g + weight_decay · w;   v ← momentum · v + η · |w| / |g| · g;   w ← w - lr · v
 
     lr multiplies v after the momentum update, as in Barlow Twins' official code; in SimCLR's it
-    multiplies the gradient before. A parameter group with adapt=False gets plain SGD with momentum.
+    multiplies the gradient before it enters v. A parameter group with adapt=False gets plain SGD
+    with momentum.
     """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.9, eta=0.001, adapt=True):
@@ -210,7 +212,7 @@ def train(args):
             group["lr"] = lr
         view1 = make_view(images, aspect)
         view2 = make_view(images, aspect)
-        with autocast(device):
+        with autocast(device):  # without the loss, which needs float32
             z1, z2 = network(view1, view2)
         z1 = gather(z1.float())  # negatives from all processes
         z2 = gather(z2.float())
@@ -281,8 +283,8 @@ def parse_args(argv=None):
 
 # ----------------------------------------- appendix: the surveys' other contrastive losses
 # Each takes two (B, D) and returns the mean of L_i. s_ij = sim(z_i, z_j) / τ. With B anchors, i is
-# a first view and j a second view. With 2B anchors, i is any view, + the other view of its image,
-# and k runs over the N = 2B - 2 views of other images.
+# a first view and j a second view. With 2B anchors, i is any view, s_i+ compares it with the other
+# view of its image, and k runs over the N = 2B - 2 views of other images.
 
 
 def infonce_loss(z1, z2, temperature):
@@ -311,8 +313,8 @@ def positives_and_negatives(z1, z2, temperature):
     z = F.normalize(torch.cat([z1, z2]), dim=1)
     logits = z @ z.T / temperature
     positives = logits.diagonal(len(z1)).repeat(2)
-    # The negatives of a row are all columns but its image's two views, first and first + B: from
-    # each of these on, the column numbers move up by one.
+    # The negatives of a row are all columns but its image's two views, first and first + B. So
+    # the j-th negative is column j, or j + 1 behind one of these two, or j + 2 behind both.
     first = (torch.arange(len(z), device=z.device) % len(z1))[:, None]
     column = torch.arange(len(z) - 2, device=z.device)
     columns = column + (column >= first)  # (2B, N)

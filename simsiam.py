@@ -19,8 +19,9 @@ vectors of different images draw together (tests/test_simsiam.py).
 Run      python simsiam.py                      demonstration: synthetic images, CPU, minutes
          python simsiam.py --data path          a folder of images, or cifar10
          torchrun --nproc-per-node=8 simsiam.py --data path
-Reuse    from simsiam import SimSiam, simsiam_loss, cosine_schedule    (needs torch only)
-         `train` shows one step, in which the predictor's learning rate stays constant.
+Reuse    from simsiam import SimSiam, simsiam_loss, make_optimizer, cosine_schedule
+         (needs torch only). `train` shows one step, from the learning rates, which make_optimizer
+         leaves at 0, to optimizer.step(). The predictor's rate stays constant.
 """
 
 import copy
@@ -178,7 +179,7 @@ def train(args):
         predictor_group["lr"] = peak_lr  # constant: no warm-up, no decay
         view1 = make_view(images, aspect)
         view2 = make_view(images, aspect)
-        with autocast(device):
+        with autocast(device):  # without the loss, which needs float32
             p1, p2, z1, z2 = network(view1, view2)
         loss = simsiam_loss(p1.float(), p2.float(), z1.float(), z2.float())
         optimizer.zero_grad()

@@ -20,14 +20,16 @@ used equally. The network then learns to predict a large view's code from every 
 Run      python swav.py                         demonstration: synthetic images, CPU, minutes
          python swav.py --data path             a folder of images, or cifar10
          torchrun --nproc-per-node=8 swav.py --data path
-Reuse    from swav import SwAV, sinkhorn, swav_loss, LARS, cosine_schedule    (needs torch only)
-         `train` shows one step. In a single process, without the queue, it is
+Reuse    from swav import SwAV, sinkhorn, swav_loss, make_optimizer, cosine_schedule
+         (needs torch only). `train` shows one step, from the learning rate, which make_optimizer
+         leaves at 0. In a single process, without the queue, its loss is
              model.normalize_prototypes()
              z, scores = model(views)  # a list of views, the two large ones first
              codes = [sinkhorn(view_scores, epsilon=0.05, iterations=3)
                       for view_scores in model.scores_for_codes(z[:2].detach(), use_queue=False)]
              loss = swav_loss(scores, codes, temperature=0.1)
-         With the queue, call enqueue(z[:2].detach()) after optimizer.step(); once it is full,
+         In the first epoch model.prototypes.weight.grad = None comes before optimizer.step().
+         With the queue, call enqueue(z[:2].detach()) after it; once the queue is full,
          use_queue is True, and only the first B rows of the codes are this batch's.
 """
 
@@ -125,9 +127,10 @@ def sinkhorn(scores, epsilon, iterations):
     The solution is exp(scores / ε) with each row and each column multiplied by a factor of its own
     (equation 5). Sinkhorn-Knopp finds the factors: divide each column by its sum, then each row by
     its sum, which spoils the columns a little, and repeat. The code works on log Q, since exp can
-    overflow; dividing by a sum is then a log-softmax. Its sums are 1 instead of 1 / K and 1 / B:
-    one factor common to all of Q, which the next division removes. The rows come last, so that they
-    sum to 1 exactly; the columns' sums are only nearly equal after a few iterations.
+    overflow; dividing by a sum is then a log-softmax. It makes the sums 1 instead of 1 / K or
+    1 / B: this multiplies all of Q by one number, which the next division cancels. The rows come
+    last, so that they sum to 1 exactly; the columns' sums are only nearly equal after a few
+    iterations.
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # at least float32
     log_q = scores / epsilon
@@ -195,7 +198,8 @@ class LARS(torch.optim.Optimizer):
         g ← g + weight_decay · w;   v ← momentum · v + η · |w| / |g| · g;   w ← w - lr · v
 
     lr multiplies v after the momentum update, as in Barlow Twins' official code; in SimCLR's it
-    multiplies the gradient before. A parameter group with adapt=False gets plain SGD with momentum.
+    multiplies the gradient before it enters v. A parameter group with adapt=False gets plain SGD
+    with momentum.
     """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.9, eta=0.001, adapt=True):
@@ -293,7 +297,7 @@ def train(args):
             group["lr"] = lr
         views = [make_view(images, aspect) for make_view in augments]
         model.normalize_prototypes()
-        with autocast(device):
+        with autocast(device):  # without the loss, which needs float32
             z, scores = network(views)
         # The codes need scores of their own: in float32, of the images of all processes and of
         # the queue.

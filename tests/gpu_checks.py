@@ -192,8 +192,9 @@ def noted_waits(device):
 
 
 def waits(args):
-    """Steps 1, 3 and 6 print, and should wait once each; the others should not wait, nor should the
-    evaluation's view, which should be the CPU's up to rounding."""
+    """Steps 1, 3 and 6 print, and should wait once each, and the first of an epoch once more, for
+    the order of the images; the others should not wait, nor should the evaluation's view, which
+    should be the CPU's up to rounding."""
     images = torch.randint(256, (64, 3, 40, 40), dtype=torch.uint8, device=args.device)
     aspect = torch.rand(64, device=args.device) + 0.5
     with noted_waits(args.device) as places:
@@ -206,9 +207,11 @@ def waits(args):
     found = {}  # step: places
 
     def watched(images, train_args, first_step, device):
-        for step, *batch in batches(images, train_args, first_step, device):
-            with noted_waits(args.device) as places:
-                yield step, *batch
+        loaded = batches(images, train_args, first_step, device)
+        total_steps = train_args.epochs * (len(images) // train_args.batch_size)
+        for step in range(first_step, total_steps):
+            with noted_waits(args.device) as places:  # loading the batch counts, too
+                yield next(loaded)
             found[step + 1] = places
 
     for command in args.commands or VARIANTS:

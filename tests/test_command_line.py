@@ -177,12 +177,19 @@ def test_resume_finds_each_flag_again():
 
 
 @pytest.mark.parametrize("cores, processes, workers", [
-    (8, None, 8), (8, "4", 2), (128, None, 16), (128, "4", 16), (None, None, 1)])
+    (8, None, 8), (8, "4", 2), (128, None, 16), (128, "4", 16)])
 def test_workers(monkeypatch, cores, processes, workers):
-    """The cores of this machine, shared by its processes, at most 16."""
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    """The cores that this job may use, shared by its processes, at most 16."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     if processes:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert simclr.parse_args([]).workers == workers
+
+
+@pytest.mark.parametrize("cores, workers", [(8, 8), (None, 1)])
+def test_workers_where_a_job_cannot_ask(monkeypatch, cores, workers):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
     assert simclr.parse_args([]).workers == workers
 
 

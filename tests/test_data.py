@@ -596,6 +596,23 @@ def test_a_streamed_set_with_labels_is_not_decoded_before_the_first_step(monkeyp
     assert len(decoded) == 50 + 40 + 2
 
 
+def test_few_batches_start_few_workers(monkeypatch):
+    """They import torch first, which takes seconds."""
+    started = []
+
+    def count(images, num_workers, **options):
+        started.append(num_workers)
+        return ()
+
+    monkeypatch.setattr(common, "DataLoader", count)
+    images = common.ImageSet("images", ["1.png"], [0], [])
+    images.workers = 4
+    rows = torch.tensor([0])
+    for index_lists in [rows], [rows] * 4, [rows] * 100, (rows for _ in range(100)):
+        list(images.load(index_lists, CPU))
+    assert started == [0, 2, 4, 4]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_streaming_gives_the_same_images(workers):
     """And draws no random number."""
@@ -606,7 +623,7 @@ def test_streaming_gives_the_same_images(workers):
     streamed.workers = workers  # so few images get none
     indices = [torch.tensor(some) for some in ([3, 0, 8], [8, 8, 1], [2, 4])]
     state = torch.get_rng_state()
-    pairs = zip(kept.load(indices, CPU), streamed.load(indices, CPU), strict=True)
+    pairs = zip(kept.load(indices, CPU), streamed.load(iter(indices), CPU), strict=True)
     for (pixels1, aspect1), (pixels2, aspect2) in pairs:
         assert torch.equal(pixels1, pixels2) and torch.equal(aspect1, aspect2)
     assert torch.equal(torch.get_rng_state(), state)

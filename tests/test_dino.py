@@ -280,6 +280,15 @@ def test_other_networks_repeat_themselves_without_dropout(arch):
     assert torch.equal(network(images), network(images))
 
 
+@torch.no_grad()
+def test_attention_dropout_is_switched_off():
+    attention = nn.MultiheadAttention(12, 3, dropout=0.5)  # without a Dropout layer
+    x = torch.randn(4, 2, 12)
+    assert not torch.equal(attention(x, x, x)[0], attention(x, x, x)[0])
+    without_dropout(attention)
+    assert torch.equal(attention(x, x, x)[0], attention(x, x, x)[0])
+
+
 def test_dropout_of_timm_is_switched_off_by_its_name():
     class DropPath(nn.Module):
         drop_prob = 0.5

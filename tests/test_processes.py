@@ -6,6 +6,7 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -40,6 +41,34 @@ def test_torchrun_with_a_numbered_device(monkeypatch, device):
     monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
     with pytest.raises(Failure, match=f"^--device {device}: under torchrun each .* no number$"):
         common.start(device, seed=0)
+
+
+@pytest.mark.parametrize("device", ["mps", "meta"])
+def test_other_devices(device):
+    with pytest.raises(Failure, match=f"^--device {device}: "):
+        common.start(device, seed=0)
+
+
+def reads_in_turn(folder):
+    """The first and the last process are the first of their machines."""
+    local_rank = ["0", "1", "0"][common.rank()]
+    find_sets = common.find_sets
+
+    def slowly(data):
+        time.sleep(0.2 if common.rank() == 0 else 0)
+        with open(f"{folder}/order", "a") as file:
+            file.write(str(common.rank()))
+        return find_sets(data)
+
+    args = Namespace(data=None, image_size=32, max_images=20, memory=8.0, workers=0)
+    with mock.patch.dict(os.environ, LOCAL_RANK=local_rank), mock.patch.object(
+            common, "find_sets", slowly):
+        common.load_data(args, CPU)
+
+
+def test_one_process_of_a_machine_downloads_for_the_others(tmp_path):
+    run_processes(3, reads_in_turn, tmp_path)
+    assert (tmp_path / "order").read_text() == "021"
 
 
 # ---- the end

@@ -472,6 +472,7 @@ def test_continues_bit_for_bit_after_each_step(version):
         shutil.rmtree("run")
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")  # by torch's workers
 def test_continues_with_other_workers(monkeypatch):
     load_data = common.load_data
 

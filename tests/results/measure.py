@@ -148,7 +148,9 @@ RUNS = {
               ("moco-24", f"moco.py {WHOLE} {SMALL} --seed 0"),
               ("byol-24", f"byol.py {WHOLE} {SMALL} --seed 0"),
               ("dino-24", f"dino.py {WHOLE} {SMALL} --local-size 12 --seed 0"),
-              ("simsiam-24", f"simsiam.py {WHOLE} {FASTER} --seed 0")],
+              ("simsiam-24", f"simsiam.py {WHOLE} {FASTER} --seed 0"),
+              ("swav-24", f"swav.py {WHOLE} {SMALL} --lr 0.006 --seed 0"),
+              ("barlow-24", f"barlow.py {WHOLE} {SMALL} --seed 0")],
     "few": [(f"{m}-few-{count}", f"{m}.py {WHOLE} --max-images {count} --seed 0")
             for m in ("simclr", "byol", "mae") for count in FEW],
     "unseen": [(f"{m}-{seed}", f"{m}.py --seed {seed}") for m in METHODS for seed in UNSEEN[m]]
