@@ -274,7 +274,7 @@ def train(args):
                                              end=peak_lr_biases / 1000)
         view1 = augment1(images, aspect)
         view2 = augment2(images, aspect)
-        with autocast(device):  # without the loss, which needs float32
+        with autocast(device):  # the network only: the loss needs float32
             z1, z2 = network(view1, view2)
         z1 = gather(z1.float())  # correlations over all processes
         z2 = gather(z2.float())

@@ -9,7 +9,7 @@ side only, and a target that changes slowly and gets no gradient.
 Each image is augmented twice. The target network maps one view to a vector, and the online network
 with its predictor has to produce that vector from the other view. The target is not trained: its
 weights are an exponential moving average (EMA) of the online network's. A constant output would
-have the lowest loss, but training does not end up there; without the predictor it does
+have the lowest loss, but training does not end up there, unless the predictor is left out
 (tests/test_byol.py).
 
            ┌─ augment1 ─ view1 ─ backbone ─ features ─ projector ─ predictor ─ p1 ─────┐
@@ -24,7 +24,7 @@ Run      python byol.py                         demonstration: synthetic images,
          torchrun --nproc-per-node=8 byol.py --data path
 Reuse    from byol import BYOL, byol_loss, ema_update, make_optimizer, cosine_schedule
          (needs torch only). `train` shows one step, from the learning rate, which make_optimizer
-         leaves at 0, to ema_update, whose momentum rises to 1.
+         leaves at 0, to ema_update, with an EMA momentum that rises to 1.
 """
 
 import copy
@@ -99,7 +99,7 @@ def byol_loss(p1, p2, z1, z2):
         ‖p̄1 - z̄2‖² + ‖p̄2 - z̄1‖²  =  4 - 2 cos(p1, z2) - 2 cos(p2, z1)        with v̄ = v / ‖v‖
 
     The z are constants: stop-gradient. Chance level: 4, that of vectors at right angles. Other
-    texts drop the constant 4, and some also the factors 2.
+    texts leave out the 4, and some halve the rest.
     """
     p1 = F.normalize(p1, dim=1)
     p2 = F.normalize(p2, dim=1)
@@ -255,7 +255,7 @@ def train(args):
                                        base=args.ema_momentum, end=1.0)
         view1 = augment1(images, aspect)
         view2 = augment2(images, aspect)
-        with autocast(device):  # without the loss, which needs float32
+        with autocast(device):  # the network only: the loss needs float32
             p1, p2, z1, z2 = network(view1, view2)
         loss = byol_loss(p1.float(), p2.float(), z1.float(), z2.float())
         optimizer.zero_grad()
@@ -313,8 +313,8 @@ def parse_args(argv=None):
                      "have the same embedding (collapse).")
     add = parser.add_argument
     add("--optimizer", choices=["sgd", "lars"], help="paper: lars")
-    add("--ema-momentum", type=float, help="weight of the old target in the average, τ, at the "
-        "start; it rises to 1; paper: 0.99 for 100 or 300 epochs, 0.996 for 1000")
+    add("--ema-momentum", type=float, help="weight of the old target in the average, τ, in the "
+        "first step; it rises to 1; paper: 0.99 for 100 or 300 epochs, 0.996 for 1000")
     add("--hidden-dim", type=int, help="width of projector and predictor; paper: 4096")
     add("--proj-dim", type=int, default=256, help="length of z and p; paper: 256")
     add("--crop-scale", type=float, help="smallest crop, fraction of the image's area; paper: 0.08")
@@ -332,8 +332,8 @@ def parse_args(argv=None):
 # epochs (linear probe 74.3 %; by the code's README 74.0 to 74.5): --epochs 1000 --lr 0.2
 # --weight-decay 1.5e-6 --ema-momentum 0.9995 (there 0.996). cifar: the paper's augmentation without
 # blur and an average from 0.99, as in solo-learn; heads, SGD and batch of lightly's CIFAR-10
-# benchmark, whose loss is a quarter of this one: hence a quarter of its rate, and four times its
-# decay. demo: measured on the synthetic images, where so few steps need a fast target; with a
+# benchmark, with a quarter of its rate and four times its decay, since its loss is a quarter of
+# this one. demo: measured on the synthetic images, where so few steps need a fast target; with a
 # jitter of 1, some seeds end with features of an image's contrast instead of its pattern. cpu:
 # chosen without a search.
 #

@@ -228,12 +228,12 @@ def start(device_name, seed):
     if name == "cuda" and torchrun:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise Failure(f"--device {name}: only cpu and cuda are supported")
         device = torch.zeros(1, device=name).device  # with its number
     except (AssertionError, ImportError, RuntimeError) as error:  # none such, or it is full
         reason = str(error).splitlines()[0]
         raise Failure(f"--device {name}: {reason}")
-    if device.type not in ("cpu", "cuda"):
-        raise Failure(f"--device {name}: only cpu and cuda are supported")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
@@ -419,7 +419,7 @@ class ImageSet:
                 yield self.pixels[indices].to(device), self.aspect[indices].to(device)
             return
         workers = self.workers
-        if isinstance(index_lists, list):  # for few batches, workers start too slowly
+        if hasattr(index_lists, "__len__"):  # few batches end before many workers have started
             workers = min(workers, len(index_lists) // 2)
         loader = DataLoader(self, batch_sampler=(indices.tolist() for indices in index_lists),
                             num_workers=workers, pin_memory=device.type == "cuda",
@@ -670,7 +670,8 @@ def load_data(args, device):
     """-> (training, test) ImageSets, decoded if they fit into --memory; test is None where there is
     none. Images keep the detail of a canvas 8/7 of the view (256 pixels for 224), at least 64
     pixels, and no larger than the median image."""
-    # Rank 0 may download the set for all; then on each machine, if it is not there, one process.
+    # A set of torchvision may have to be downloaded: by rank 0, then by one process of each other
+    # machine, if its disk has no copy; the others find it there.
     if rank() == 0:
         turn = 0
     elif os.environ.get("LOCAL_RANK") == "0":

@@ -22,10 +22,11 @@ Run      python dino.py                         demonstration: synthetic images,
          torchrun --nproc-per-node=8 dino.py --data path
 Reuse    from dino import (DINO, ViT, dino_loss, clip_gradients, ema_update, update_center,
                            make_optimizer, cosine_schedule, linear_schedule)  (needs torch only)
-         `train` shows one step, from the learning rate, which make_optimizer leaves at 0. Its
-         order: dino_loss, backward, clip_gradients, no gradient for the last layer in the first
-         epoch, optimizer.step, ema_update of the teacher, update_center with the teacher's mean.
-         Weight decay and EMA momentum rise on a cosine, the teacher's temperature on a line.
+         `train` shows one step, from the learning rate, which make_optimizer leaves at 0. The
+         order: dino_loss, backward, clip_gradients, in the first epoch
+         model.student["head"].last_layer.weight.grad = None, optimizer.step, ema_update of the
+         teacher, update_center with the mean of the teacher's logits. Weight decay, that of
+         param_groups[0], and EMA momentum rise on a cosine, the teacher's temperature linearly.
 """
 
 import copy
@@ -247,8 +248,8 @@ class DINO(nn.Module):
 
     def forward(self, global_views, local_views, noise=None):
         """Lists of 2 and of V - 2 views (B, 3, H, W) -> logits of the student (V, B, K) and of the
-        teacher (2, B, K). In the backbone, the global views share a pass, and so BN statistics, and
-        so do the local ones; in the head, all views do.
+        teacher (2, B, K). In the backbone, the global views share one pass, and so BN statistics,
+        and the local views another; in the head, all views share one.
 
         noise (V, B, depth, 2): random numbers for the student, if it is a ViT; may be left out.
         """
@@ -462,7 +463,7 @@ def train(args):
         if stochastic_depth:
             noise = uniform(len(images), 2 + args.local_views, depth, 2, device=device)
             noise = noise.transpose(0, 1)  # (V, B, depth, 2)
-        with autocast(device):  # without the loss, which needs float32
+        with autocast(device):  # the network only: the loss needs float32
             student_logits, teacher_logits = network([view1, view2], local_views, noise)
         student_logits = student_logits.float()
         teacher_logits = teacher_logits.float()

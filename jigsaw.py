@@ -26,9 +26,9 @@ Reuse    from jigsaw import (Jigsaw, permutation_set, cut_tiles, shuffle, normal
              labels = torch.randint(len(model.orders), (len(images),), device=images.device)
              tiles = shuffle(cut_tiles(images, 3, tile_size), model.orders[labels])
              loss = jigsaw_loss(model(normalize_tiles(tiles)), labels)
-         In the end the backbone's BN has statistics of tiles. For whole images, calibrate it:
-         reset_running_stats() and momentum = None in its BN layers, and some batches of whole
-         images in training mode, as in linear_probe.py's calibrate_batch_norm.
+         At the end the BN layers of the backbone have statistics of tiles. Calibrate them for whole
+         images: reset_running_stats() and momentum = None, then some batches of whole, normalized
+         images in training mode, without gradient (linear_probe.py's calibrate_batch_norm).
 """
 
 import copy
@@ -172,7 +172,7 @@ def random_square(images, aspect, size):
 
 def random_puzzles(images, aspect, make_view, orders, tile_size):
     """Make views of the images, cut and shuffle them -> tiles (B, N, 3, t, t), each image's in
-    a random one of the `orders` (P, N), and the labels, indices of these orders, (B,)."""
+    one of the `orders` (P, N) at random, and the labels (B,): which order that is."""
     from common import uniform
 
     offsets = uniform(len(images), 9, 2, device=images.device)
@@ -197,7 +197,7 @@ def all_permutations(n):
 def permutation_set(count, tiles, seed):
     """Permutations of the tiles that differ in many places -> (count, tiles), int64.
 
-    Two orders that differ in two tiles only cannot be told apart where both tiles show sky. The
+    Two orders that differ in only two tiles cannot be told apart where both show sky. The
     search is greedy: the first permutation is random; each next one has, of all permutations, the
     largest Hamming distance to the nearest of those chosen before it, and among equals the largest
     sum of the distances to all of them. The seed decides the first, and what is still equal.
@@ -315,7 +315,7 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         tiles, labels = make_puzzles(images, aspect)
-        with autocast(device):  # without the loss, which needs float32
+        with autocast(device):  # the network only: the loss needs float32
             logits = network(normalize_tiles(tiles))
         loss = jigsaw_loss(logits.float(), labels)
         optimizer.zero_grad()
@@ -412,8 +412,8 @@ def parse_args(argv=None):
 # Departures from the papers: the backbone is a ResNet (paper: AlexNet); the embedding of a tile and
 # the flips are vissl's, the hidden layer is that of Kolesnikov et al. (2019), without dropout; the
 # channels of a tile are not jittered; at the end the backbone's BN is calibrated on whole images,
-# before it is saved (a backbone.pth saved during training has those of tiles); crops are taken from
-# a square canvas of 8/7 of the view's side, so that elongated images lose detail (cut them
+# before it is saved (a backbone.pth saved during training has statistics of tiles); crops are taken
+# from a square canvas of 8/7 of the view's side, so that elongated images lose detail (cut them
 # beforehand); training is in bfloat16 on CUDA. A permutation is chosen by its smallest distance,
 # then by its mean (paper: by the mean alone). The relative task has the puzzle's gaps (paper: half
 # a tile; --tile-size 57 of 255 gives that on average) and turns images gray (paper: drops or

@@ -393,7 +393,7 @@ def train(args):
             group["lr"] = lr
         views = make_view(images, aspect)
         noise = uniform(len(views), num_patches, device=device)  # it decides what is removed
-        with autocast(device):  # without the loss, which needs float32
+        with autocast(device):  # the network only: the loss needs float32
             prediction, mask = network(views, noise)
         prediction = prediction.float()
         loss = loss_function(prediction, views, mask)

@@ -28,13 +28,14 @@ Run      python moco.py                         demonstration: synthetic images,
 Reuse    from moco import (MoCo, MoCoV3, ema_update, moco_loss, moco_v3_loss, make_vit,
                            make_optimizer, cosine_schedule)   (needs torch and torchvision only)
          `train` shows one step, from the learning rate, which make_optimizer leaves at 0. v1 and
-         v2: ema_update, shuffle_rows, forward, moco_loss, backward, optimizer.step, enqueue. In a
-         single process, shuffle_rows is
+         v2: ema_update, shuffle_rows, forward, moco_loss, backward, optimizer.step,
+         model.enqueue. In a single process, shuffle_rows is
              order = torch.randperm(len(view2))
              view2 = view2[order]
          and after the forward pass key = key[order.argsort()]. Without it, BN may give the
          positive away. v3 neither shuffles nor has a queue; its EMA momentum rises to 1, and its
-         loss is moco_v3_loss(query1, key2) + moco_v3_loss(query2, key1).
+         loss is
+             moco_v3_loss(query1, key2, temperature) + moco_v3_loss(query2, key1, temperature)
 """
 
 import copy
@@ -494,7 +495,7 @@ def train(args):
         ema_update(model.target, model.online, ema_momentum)
         if args.version < 3:
             view2, order = shuffle_rows(view2)
-            with autocast(device):  # without the loss, which needs float32
+            with autocast(device):  # the network only: the loss needs float32
                 query, key = network(view1, view2)
             query = gather(query.float())
             key = gather(key.float())
@@ -502,7 +503,7 @@ def train(args):
             key = key[unshuffle]  # row i is again the key of query i
             loss = moco_loss(query, key, model.queue, args.temperature)
         else:
-            with autocast(device):  # without the loss, which needs float32
+            with autocast(device):  # the network only: the loss needs float32
                 query1, query2, key1, key2 = network(view1, view2)
             query1 = gather(query1.float())
             query2 = gather(query2.float())

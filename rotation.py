@@ -209,7 +209,7 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         rotated, rotation = rotate_four(make_view(images, aspect))
-        with autocast(device):  # without the loss, which needs float32
+        with autocast(device):  # the network only: the loss needs float32
             logits = network(rotated)
         loss = rotation_loss(logits.float(), rotation)
         optimizer.zero_grad()

@@ -71,7 +71,8 @@ def simclr_loss(z1, z2, temperature):
         l(i, j) = -log  exp(sim(z_i, z_j) / τ) / Σ_{k ≠ i} exp(sim(z_i, z_k) / τ)
 
     where j is the other view of i's image, k runs over all 2B views but i, and sim is the cosine.
-    Chance level: ln(2B - 1). The official code adds the means over both views' anchors: twice this.
+    Chance level: ln(2B - 1). The official code's loss is twice this one: it adds the means over
+    the anchors of both views.
     """
     z = F.normalize(torch.cat([z1, z2]), dim=1)
     logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)
@@ -212,7 +213,7 @@ def train(args):
             group["lr"] = lr
         view1 = make_view(images, aspect)
         view2 = make_view(images, aspect)
-        with autocast(device):  # without the loss, which needs float32
+        with autocast(device):  # the network only: the loss needs float32
             z1, z2 = network(view1, view2)
         z1 = gather(z1.float())  # negatives from all processes
         z2 = gather(z2.float())
@@ -299,7 +300,7 @@ def nce_loss(z1, z2, temperature):
 
         L_i = -log h_ii - Σ_{j≠i} log(1 - h_ij),   h = exp(s) / (exp(s) + k) = σ(s - ln k)
 
-    exp(s) stands for p / p_n (in InstDisc: n exp(s) / Z).
+    Here exp(s) is the ratio of the densities of data and noise, p / p_n (InstDisc: n exp(s) / Z).
     Chance level, at s = 0: B ln B - (B - 1) ln(B - 1).
     """
     logits = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T / temperature
@@ -313,8 +314,8 @@ def positives_and_negatives(z1, z2, temperature):
     z = F.normalize(torch.cat([z1, z2]), dim=1)
     logits = z @ z.T / temperature
     positives = logits.diagonal(len(z1)).repeat(2)
-    # The negatives of a row are all columns but its image's two views, first and first + B. So
-    # the j-th negative is column j, or j + 1 behind one of these two, or j + 2 behind both.
+    # Columns `first` and first + B are the views of a row's own image; the others are its
+    # negatives. The j-th of these is column j, j + 1 or j + 2: before, between or behind the two.
     first = (torch.arange(len(z), device=z.device) % len(z1))[:, None]
     column = torch.arange(len(z) - 2, device=z.device)
     columns = column + (column >= first)  # (2B, N)

@@ -179,7 +179,7 @@ def train(args):
         predictor_group["lr"] = peak_lr  # constant: no warm-up, no decay
         view1 = make_view(images, aspect)
         view2 = make_view(images, aspect)
-        with autocast(device):  # without the loss, which needs float32
+        with autocast(device):  # the network only: the loss needs float32
             p1, p2, z1, z2 = network(view1, view2)
         loss = simsiam_loss(p1.float(), p2.float(), z1.float(), z2.float())
         optimizer.zero_grad()

@@ -29,7 +29,7 @@ Reuse    from swav import SwAV, sinkhorn, swav_loss, make_optimizer, cosine_sche
                       for view_scores in model.scores_for_codes(z[:2].detach(), use_queue=False)]
              loss = swav_loss(scores, codes, temperature=0.1)
          In the first epoch model.prototypes.weight.grad = None comes before optimizer.step().
-         With the queue, call enqueue(z[:2].detach()) after it; once the queue is full,
+         With the queue, call model.enqueue(z[:2].detach()) after it; once the queue is full,
          use_queue is True, and only the first B rows of the codes are this batch's.
 """
 
@@ -297,7 +297,7 @@ def train(args):
             group["lr"] = lr
         views = [make_view(images, aspect) for make_view in augments]
         model.normalize_prototypes()
-        with autocast(device):  # without the loss, which needs float32
+        with autocast(device):  # the network only: the loss needs float32
             z, scores = network(views)
         # The codes need scores of their own: in float32, of the images of all processes and of
         # the queue.
