@@ -122,6 +122,11 @@ def test_center_view(canvas, aspect, size, box):
     assert_near(center_view(images, torch.full((4,), aspect), size), torch.stack(theirs), 1e-4)
 
 
+def test_center_view_of_64_pixels_is_the_whole_square():
+    images = make_images(4, 64)
+    assert_near(center_view(images, torch.ones(4), 64), normalize(images / 255), 1e-4)
+
+
 def test_center_view_of_an_image_that_cannot_be_read():
     """Its aspect is 0, and a batch of it and others must not give NaN."""
     images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)

@@ -455,6 +455,18 @@ def test_torchvision_set(monkeypatch, memory):
         assert images.classes == ["cat", "dog", "bird"]
 
 
+def test_stl10_trains_on_its_unlabelled_images_too(monkeypatch):
+    splits = []
+
+    def make(root, split, download):
+        splits.append(split)
+        return torchvision.datasets.FakeData(4, (3, 8, 8), num_classes=2)
+
+    monkeypatch.setattr(torchvision.datasets, "STL10", make)
+    find_sets("stl10")
+    assert splits == ["train+unlabeled", "test"]
+
+
 def test_torchvision_set_without_lists(monkeypatch):
     """Of labels and class names."""
     def make(root, split, download):
@@ -490,6 +502,15 @@ def test_torchvision_failure_names_the_set(monkeypatch, name, words):
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
     with pytest.raises(Failure, match=f"--data {name}: .*{words}"):
         find_sets(name)
+
+
+def test_images_are_shrunk_bicubically():
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    image = Image.fromarray(noise)
+    square, _ = to_square(image, 16)
+    expected = image.resize((16, 16), Image.Resampling.BICUBIC)
+    assert np.array_equal(square.permute(1, 2, 0), np.array(expected))
+
 
 
 # ---- size, memory, streaming
@@ -665,6 +686,54 @@ def test_progress_of_long_work(monkeypatch):
     for _ in common.progress(range(4), "decoding", 4):
         now[0] += 4
     assert said == ["decoding: 50%, 0:00:08 left", "decoding: 100%, 0:00:00 left"]
+
+
+# ---- batches
+
+
+def draws(seed, device=CPU):
+    """-> of two epochs of four steps: the numbers of the images, and a random number of each
+    step."""
+    images = common.ImageSet("made", range(20), [0] * 20, [])
+    images.pixels = torch.arange(20)
+    images.aspect = torch.ones(20)
+    args = Namespace(batch_size=5, epochs=2, seed=seed)
+    order = []
+    numbers = []
+    for _, indices, _ in common.batches(images, args, 0, device):
+        order += indices.tolist()
+        numbers.append(torch.rand(()).item())
+    return order[:20], order[20:], numbers
+
+
+def test_each_epoch_has_its_order_and_each_step_its_numbers():
+    first, second, numbers = draws(seed=0)
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first != second
+    assert len(set(numbers)) == 8
+    other, _, other_numbers = draws(seed=1)
+    assert other not in (first, second)
+    assert not set(numbers) & set(other_numbers)
+
+
+def test_the_gpus_generator_is_seeded_as_the_cpus(monkeypatch):
+    class Images:
+        pixels = None
+
+        def __len__(self):
+            return 8
+
+        def load(self, index_lists, device, replace):
+            for indices in index_lists:
+                yield indices, torch.ones(4)
+
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
+    args = Namespace(batch_size=4, epochs=2, seed=3)
+    for _ in common.batches(Images(), args, 0, torch.device("cuda")):
+        assert seeds[-1] == torch.initial_seed()
+    assert len(set(seeds)) == 4
+
 
 
 # ---- synthetic images

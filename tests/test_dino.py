@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from test_run import load, stop_after
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -297,6 +298,15 @@ def test_dropout_of_timm_is_switched_off_by_its_name():
     assert network[0].drop_prob == network[1].p == network[2].p == 0
 
 
+@pytest.mark.parametrize("network", [ViT(32, 4, 64, depth=2, num_heads=1),
+                                     Head(64, 128, 256, 256, bn=False).mlp])
+def test_weights_at_the_start(network):
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.1)
+            assert not module.bias.any()
+
+
 # ---- head, student and teacher
 
 
@@ -522,6 +532,24 @@ def test_teacher_is_what_is_kept_and_evaluated(recorded):
     assert torch.equal(trained.cls_token, teacher)
     assert not torch.equal(untrained.cls_token, teacher)
     assert Path("run/attention.png").exists() and Path("run/views.png").exists()
+
+
+@pytest.mark.usefixtures("class_folders", "no_report")
+def test_teacher_is_what_is_kept_and_measured_while_it_trains(monkeypatch):
+    measured = []
+
+    def quick_knn(network, *args, **options):
+        measured.append({name: value.clone() for name, value in network.state_dict().items()})
+        return 0.0
+
+    monkeypatch.setattr(linear_probe, "quick_knn", quick_knn)
+    stop_after(3, "dino")  # an epoch
+    model = load("run/checkpoint.pth")["model"]
+    _, trained = measured
+    for name, value in load("run/backbone.pth").items():
+        teacher = model[f"teacher.backbone.{name}"]
+        assert torch.equal(value, teacher)
+        assert torch.equal(trained[name], teacher)
 
 
 @pytest.mark.parametrize("drop_path", ["0", "0.5"])

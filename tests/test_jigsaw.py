@@ -17,7 +17,7 @@ import common
 import jigsaw
 import linear_probe
 from jigsaw import (Jigsaw, augment, cut_tiles, jigsaw_loss, lay_out, normalize_tiles,
-                    permutation_set, random_square, relative_pairs, shuffle, solved)
+                    permutation_set, random_puzzles, random_square, relative_pairs, shuffle, solved)
 
 # ---- loss
 
@@ -447,6 +447,14 @@ def test_labels_name_the_order_of_the_tiles(short_run, monkeypatch, task):
     (model,) = seen.models
     for tiles, (_, order) in zip(seen.inputs, seen.losses):
         assert torch.equal(tiles[:, :, 0, 0, 0].long(), model.orders[order])
+
+
+def test_all_orders_are_drawn():
+    images = torch.zeros(400, 3, 30, 30)
+    _, labels = random_puzzles(images, torch.ones(400), lambda images, aspect: images,
+                               relative_pairs(), 8)
+    assert labels.max() == 7
+    assert labels.bincount(minlength=8).min() > 20
 
 
 def test_pictures(short_run):

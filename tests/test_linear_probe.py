@@ -92,6 +92,15 @@ def assert_same_weights(a, b):
 # --------------------------------------------------------------------------------- kNN and probe
 
 
+def test_knn_asks_200_neighbours_at_a_temperature_of_a_tenth():
+    """60 exp(9) votes for class 0 and 140 exp(8.3) for class 1; among more neighbours class 2 wins.
+    """
+    cosine = torch.tensor([0.9] * 60 + [0.83] * 140 + [0.8] * 1000)
+    x = torch.stack([cosine, (1 - cosine**2).sqrt()], 1)
+    y = torch.tensor([0] * 60 + [1] * 140 + [2] * 1000)
+    assert knn(x, y, torch.tensor([[1.0, 0.0]]), torch.tensor([1])) == 100
+
+
 @pytest.mark.parametrize("k, temperature", [(1, 0.1), (5, 0.07), (5, 10.0), (1000, 0.1)])
 def test_knn_equals_a_loop_over_images(k, temperature):
     x, y = clusters(40, 4, 6, seed=0)
@@ -199,6 +208,15 @@ def test_steps_of_the_mlp_lower_its_loss():
     for steps, classifier in first_steps(x, y, 3):
         losses[steps] = F.cross_entropy(classifier(x), y).item()
     assert F.cross_entropy(torch.zeros(300, 3), y) > losses[10] > losses[30]
+
+
+def test_an_mlp_does_not_depend_on_earlier_draws():
+    x, y = clusters(100, 3, 5, seed=0)
+    losses = []
+    for _ in range(2):
+        torch.randn(3)
+        losses.append([F.cross_entropy(mlp(x), y).item() for _, mlp in first_steps(x, y, 3)])
+    assert losses[0] == losses[1]
 
 
 # -------------------------------------------------------------------------------------- features
@@ -389,6 +407,39 @@ def test_quick_knn_without_labels():
 def networks():
     """A backbone, and the same untrained."""
     return common.make_backbone("resnet8", 16), common.make_backbone("resnet8", 16)
+
+
+def test_a_fraction_is_that_of_the_training_labels(networks, capsys):
+    train = pattern_images(60)
+    test = pattern_images(30, seed=1)
+    report = evaluate(*networks, train, test, 32, CPU, label_fraction=0.5, seed=3)
+    printed = capsys.readouterr().out
+    assert "of 30 test images" in printed and "of 30 training images" in printed
+    rows = labelled_rows(train, 0.5, seed=3)
+    (x,), y = labelled_features(networks[0], train, rows, 32, CPU)
+    (test_x,), test_y = labelled_features(networks[0], test, torch.arange(30), 32, CPU)
+    assert report["trained"]["knn"] == knn(x, y, test_x, test_y)
+
+
+def test_chance_is_the_share_of_the_largest_class(networks, capsys):
+    evaluate(*networks, bright_images([0, 1, 2] * 4), bright_images([0, 0, 0, 1]), 16, CPU)
+    assert "(chance 75.0)" in capsys.readouterr().out
+
+
+def test_pixels_are_standardized_before_the_knn(networks, monkeypatch):
+    given = []
+
+    def record(features, *args):
+        given.append(features.clone())
+        return 0.0
+
+    monkeypatch.setattr(linear_probe, "knn", record)
+    train = pattern_images(60)
+    evaluate(*networks, train, pattern_images(30, seed=1), 32, CPU)
+    _, _, found = given  # trained, random, pixels
+    pixels = F.adaptive_avg_pool2d(center_view(train.pixels, train.aspect, 32), 16).flatten(1)
+    pixels = pixels[labelled_rows(train)]
+    close(found, (pixels - pixels.mean(0)) / pixels.std(0), 1e-3)
 
 
 def test_evaluation_leaves_the_backbone_as_it_was(networks):

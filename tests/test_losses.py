@@ -187,6 +187,14 @@ def test_without_concentration_hard_negatives_are_the_debiased_loss():
     assert debiased_loss(z1, z2, 0.2, 0.1) == hard_negative_loss(z1, z2, 0.2, 0.1, 0.0)
 
 
+def test_prior_and_concentration_if_none_are_given():
+    z1, z2 = make_views()
+    expected = slow_debiased(z1, z2, 0.5, 0.1)
+    torch.testing.assert_close(debiased_loss(z1, z2, 0.5), expected)
+    expected = slow_hard_negative(z1, z2, 0.5, 0.1, 1.0)
+    torch.testing.assert_close(hard_negative_loss(z1, z2, 0.5), expected)
+
+
 def test_losses_at_chance():
     same = torch.ones(8, 4, dtype=torch.float64)
     assert infonce_loss(same, same, 0.1).item() == pytest.approx(math.log(8))

@@ -131,7 +131,7 @@ def test_each_image_loses_other_patches_and_as_many():
     _, mask, _ = random_masking(tokens, 0.75)
     assert (mask.sum(1) == 12).all()
     assert len({tuple(row) for row in mask.tolist()}) > 55
-    assert (mask.mean(0) - 0.75).abs().max() < 0.3  # each place as often
+    assert (mask.mean(0) - 0.75).abs().max() < 0.2  # each place as often
 
 
 def test_number_of_kept_patches_is_rounded():

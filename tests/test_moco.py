@@ -277,6 +277,12 @@ def test_groups_are_normalised_as_separate_batches():
     torch.testing.assert_close(grouped.eval()(x), norm.eval()(x))
 
 
+def test_groups_keep_eps_and_momentum():
+    grouped = GroupBatchNorm(nn.BatchNorm2d(4, eps=0.1, momentum=0.3), groups=2)
+    assert grouped.eps == 0.1
+    assert grouped.momentum == 0.3
+
+
 def test_parts_have_at_least_two_images():
     grouped = GroupBatchNorm(nn.BatchNorm2d(4), groups=8)
     plain = nn.BatchNorm2d(4)
@@ -425,6 +431,13 @@ def test_keys_are_shuffled_between_bn_groups_and_back(calls_of_two_steps, monkey
     torch.testing.assert_close(query, key)
     _, enqueued = arguments_of(calls, "enqueue")[0]
     torch.testing.assert_close(enqueued, key)
+
+
+@pytest.mark.parametrize("version, loss", [(2, "moco_loss"), (3, "moco_v3_loss")])
+def test_temperature_of_a_run(version, loss, calls_of_two_steps):
+    calls = calls_of_two_steps("--version", str(version), "--temperature", "0.3")
+    temperatures = [temperature for *_, temperature in arguments_of(calls, loss)]
+    assert set(temperatures) == {0.3}
 
 
 @pytest.mark.parametrize("version, second", [(2, 0.7), (3, 0.85)])

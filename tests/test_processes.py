@@ -1,5 +1,6 @@
 """Several processes: how they start and end, and what they share. See also test_exact.py."""
 
+import json
 import os
 import shutil
 import sys
@@ -269,3 +270,30 @@ def test_bfloat16_only_where_the_card_has_it(monkeypatch, supported):
     monkeypatch.setattr(torch, "autocast", lambda *args, enabled: asked.append((*args, enabled)))
     common.autocast(torch.device("cuda"))
     assert asked == [("cuda", torch.bfloat16, supported)]
+
+
+@pytest.mark.parametrize("sync_bn", [True, False])
+def test_bn_is_synchronized_on_gpus_only_where_it_is_asked_for(monkeypatch, sync_bn):
+    """MoCo's shuffled groups must not be."""
+    converted = []
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    monkeypatch.setattr(nn.SyncBatchNorm, "convert_sync_batchnorm", converted.append)
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda model, devices: model)
+    weight = Namespace(device=torch.device("cuda:0"))
+    model = Namespace(parameters=lambda: iter([weight]))
+    common.parallel(model, sync_bn=sync_bn)
+    assert converted == ([model] if sync_bn else [])
+
+
+def log_rank(folder):
+    args = Namespace(out=folder, batch_size=4, epochs=1)
+    rank = torch.tensor(float(common.rank()))
+    common.log(args, done=1, total_steps=2, first_step=0, started=time.monotonic() - 1, lr=0.1,
+               loss=rank, spread=4 * rank)
+
+
+def test_the_log_has_means_over_the_processes(tmp_path):
+    run_processes(2, log_rank, str(tmp_path))
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(line)["loss"] == 0.5
+    assert json.loads(line)["spread"] == 2

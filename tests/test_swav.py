@@ -416,6 +416,37 @@ def test_a_batch_enters_the_queue_after_its_codes_are_made(run_loop):
         assert torch.cdist(batch, queue).min() > 1e-4, "an image is compared with itself"
 
 
+def test_each_large_view_has_its_half_of_the_queue(run_loop, monkeypatch):
+    large = []
+    forward = SwAV.forward
+
+    def recorded(model, views):
+        z, scores = forward(model, views)
+        large.append(z[:2].detach().clone())
+        return z, scores
+
+    monkeypatch.setattr(SwAV, "forward", recorded)
+    seen = run_loop("--queue-size", "8", "--queue-epoch", "0")  # as many as a batch
+    torch.testing.assert_close(seen.model.queue, large[-1])
+
+
+def test_temperatures_and_iterations_of_a_run(run_loop, monkeypatch):
+    settings = []
+
+    def recorded_sinkhorn(scores, epsilon, iterations):
+        settings.append((epsilon, iterations))
+        return sinkhorn(scores, epsilon, iterations)
+
+    def recorded_loss(scores, codes, temperature):
+        settings.append(temperature)
+        return swav_loss(scores, codes, temperature)
+
+    monkeypatch.setattr(swav, "sinkhorn", recorded_sinkhorn)
+    monkeypatch.setattr(swav, "swav_loss", recorded_loss)
+    run_loop("--epsilon", "0.07", "--sinkhorn-iterations", "2", "--temperature", "0.3")
+    assert settings == 5 * [(0.07, 2), (0.07, 2), 0.3]
+
+
 def test_a_resumed_run_has_the_queue_of_a_straight_one(run_loop, monkeypatch):
     flags = ["--queue-size", "12", "--queue-epoch", "1"]
     seen = run_loop(*flags)
