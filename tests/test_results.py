@@ -99,7 +99,7 @@ def test_readmes_quick_start_is_a_run_that_is_kept():
     assert shown == [(f"{line['knn']:.1f}", f"{line['untrained']:.1f}") for line in logged]
     last = [line for line in run["lines"] if "loss" in line][-1]
     assert f"step {last['step']}/{last['step']}  loss {last['loss']:.4f} (chance" in README
-    assert f"  lr {last['lr']:.3g}  {last['images_per_s']} images/s" in README
+    assert f"  lr {last['lr']:.3g}  {last['images_per_s']:,} images/s" in README
 
 
 @pytest.mark.parametrize("page", measure.pages(RESULTS), ids=("results", "project"))
