@@ -43,7 +43,7 @@ EARLIER_DEMO = {"byol": "--jitter-strength 1",
                         "--teacher-temperature 0.02 --teacher-temperature-start 0.02"}
 FEW = 1000, 5000, 20000  # images
 # Of which methods more seeds than 0 have run on CIFAR-10, and how many.
-CIFAR_SEEDS = {"simclr": 3, "moco": 2, "byol": 3, "swav": 2, "dino": 3, "mae": 3}
+CIFAR_SEEDS = {"simclr": 3, "moco": 2, "byol": 3, "swav": 3, "dino": 3, "mae": 3}
 LOSSES = "nt-xent", "infonce", "nce", "flatnce", "debiased", "hard", "alignment"
 
 # ------------------------------------------------------------------------------------- ablations
