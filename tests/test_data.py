@@ -512,7 +512,6 @@ def test_images_are_shrunk_bicubically():
     assert np.array_equal(square.permute(1, 2, 0), np.array(expected))
 
 
-
 # ---- size, memory, streaming
 
 
@@ -691,16 +690,16 @@ def test_progress_of_long_work(monkeypatch):
 # ---- batches
 
 
-def draws(seed, device=CPU):
-    """-> of two epochs of four steps: the numbers of the images, and a random number of each
-    step."""
+def draws(seed):
+    """-> of two epochs of four steps: the numbers of the images in the first and in the second, and
+    a random number of each step."""
     images = common.ImageSet("made", range(20), [0] * 20, [])
     images.pixels = torch.arange(20)
     images.aspect = torch.ones(20)
     args = Namespace(batch_size=5, epochs=2, seed=seed)
     order = []
     numbers = []
-    for _, indices, _ in common.batches(images, args, 0, device):
+    for _, indices, _ in common.batches(images, args, 0, CPU):
         order += indices.tolist()
         numbers.append(torch.rand(()).item())
     return order[:20], order[20:], numbers
@@ -733,7 +732,6 @@ def test_the_gpus_generator_is_seeded_as_the_cpus(monkeypatch):
     for _ in common.batches(Images(), args, 0, torch.device("cuda")):
         assert seeds[-1] == torch.initial_seed()
     assert len(set(seeds)) == 4
-
 
 
 # ---- synthetic images
